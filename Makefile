@@ -1,0 +1,67 @@
+# Every target sets itself up; `make help` lists them.
+#   make PYTHON=python3.11    another interpreter (constraints.txt is for Python 3.11)
+#   make VENV=/elsewhere      another place for the environment
+PYTHON ?= python3
+VENV   ?= .venv
+
+PY      := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
+
+# Stamps: a step runs again when what it was made from changes.
+TORCH := $(VENV)/.stamp-torch
+DEMO  := $(VENV)/.stamp-demo
+TEST  := $(VENV)/.stamp-test
+
+# Peers are what parity tests compare with. One that cannot be installed costs its tests (they skip and say so),
+# unless CLIPFAST_REQUIRE_PEERS=1, as in CI.
+peer = $(INSTALL) $(1) || { \
+	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(DEMO) ## see clipfast work on real photographs
+	$(VENV)/bin/clipfast demo
+
+test: $(TEST) ## lint, then the whole test suite
+	$(PY) -m ruff check .
+	$(PY) -m pytest --durations=10
+
+lint: $(TEST) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(TEST) ## time whole models against openai/CLIP and the other peers
+	$(PY) -m benchmarks.models
+
+clean: ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: with it in place, no other package's wish for "torch" can bring a second, larger one.
+$(TORCH): constraints.txt
+	@echo "setting up $(VENV): torch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) torch
+	@$(INSTALL) setuptools wheel
+	@touch $@
+
+# No build isolation: an isolated build would fetch its own tools past constraints.txt.
+$(DEMO): $(TORCH) pyproject.toml setup.py
+	@echo "setting up $(VENV): clipfast and what the demo needs"
+	@$(INSTALL) --no-build-isolation -e ".[demo]"
+	@touch $@
+
+# --no-deps: torchvision, timm and open_clip_torch would choose a torch and a torchvision of their own.
+$(TEST): $(DEMO)
+	@echo "setting up $(VENV): tests and peers"
+	@$(INSTALL) --no-build-isolation -e ".[demo,test]"
+	@$(call peer,transformers)
+	@$(call peer,--no-deps torchvision)
+	@$(call peer,--no-deps timm)
+	@$(call peer,--no-deps open_clip_torch)
+	@$(call peer,--no-deps --no-build-isolation openai-clip)
+	@touch $@

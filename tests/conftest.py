@@ -1,0 +1,39 @@
+"""Settings of every test: threads, seeds, hypothesis profiles, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers or open_clip is imported: a test that asks a hub for a file fails at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+
+class _TorchRandom:
+    """Lets hypothesis seed torch before each example, so that a failing example fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+# hypothesis keeps only a weak reference
+_TORCH_RANDOM = _TorchRandom()
+hypothesis.register_random(_TORCH_RANDOM)
+
+# No deadline: a first call that compiles or loads is slow once.
+_COMMON = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("local", **_COMMON)
+hypothesis.settings.register_profile("ci", derandomize=True, database=None, print_blob=True, **_COMMON)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# Enough to run the threaded paths, few enough that results do not depend on how wide the machine is.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
