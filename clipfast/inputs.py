@@ -1,0 +1,66 @@
+"""What a model accepts: checks of images and token ids, each error naming the argument, what was wanted, what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipfast.preprocess import MEAN, STD, normalize
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def check_same_device(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Raises RuntimeError if the input is not where the model is."""
+    if isinstance(tensor, Tensor) and tensor.device != weight.device:
+        raise RuntimeError(f"{name} is on {tensor.device} but the model is on {weight.device}; move one of them")
+
+
+def check_images(images: Tensor, weight: Tensor, resolution: int | tuple[int, int], stride: int) -> None:
+    """Raises TypeError, ValueError or RuntimeError naming what is wrong with images [B, C, H, W].
+
+    Pixels beyond a multiple of stride do not count, as in openai/CLIP.
+    """
+    height, width = pair(resolution)
+    channels = weight.shape[1]
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"images must be [B, {channels}, {height}, {width}], got {list(images.shape)}")
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise TypeError(f"images must be floating (preprocessed) or uint8 (0 to 255), got {images.dtype}")
+    check_same_device("image", images, weight)
+    if images.shape[2] // stride != height // stride or images.shape[3] // stride != width // stride:
+        raise ValueError(
+            f"images must be {height} x {width} pixels, got {images.shape[2]} x {images.shape[3]}; "
+            "preprocess makes them so"
+        )
+
+
+def refuse_nan_pixels(images: Tensor) -> None:
+    """Raises ValueError naming the first image that holds NaN."""
+    bad = images.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(images)} images hold NaN pixels: image[{bad[0]}] is the first")
+
+
+def mean_std(images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """CLIP's pixel mean and std [3] (float64) for uint8 images, (None, None) for those normalised already."""
+    if images.dtype != torch.uint8:
+        return None, None
+    return torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
+
+
+def normalised(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 images as preprocess would give them, floating ones as they are, both in dtype."""
+    return normalize(images, dtype) if images.dtype == torch.uint8 else images.to(dtype)
+
+
+def check_text(text: Tensor, context_length: int) -> None:
+    """Raises TypeError or ValueError naming what is wrong with token ids [B, <= context_length]."""
+    if not isinstance(text, Tensor) or text.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8):
+        kind = text.dtype if isinstance(text, Tensor) else type(text).__name__
+        raise TypeError(f"text must be a tensor of token ids (int32 or int64, from tokenize()), got {kind}")
+    if text.ndim != 2 or not 0 < text.shape[1] <= context_length:
+        raise ValueError(f"text must be [B, 1 to {context_length}] token ids, got {list(text.shape)}")

@@ -1,0 +1,145 @@
+"""The operators in plain PyTorch: any device, any floating dtype, differentiable. Every other backend falls to it.
+
+Arguments are those of the public functions in `clipfast.ops`, already checked there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.packing import Rows
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """LayerNorm statistics, softmax and short sums run in at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    wide = statistics_dtype(x.dtype)
+    if x.device.type == "cpu":
+        # one pass: the CPU kernel reads half-precision rows beside float32 weights, and computes in float32
+        return F.layer_norm(x, (x.shape[-1],), weight.to(wide), bias.to(wide), eps)
+    return F.layer_norm(x.to(wide), (x.shape[-1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x) if activation == "gelu" else x
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    y = activate(F.linear(x, weight, bias), activation)
+    return y if residual is None else residual + y
+
+
+def mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    hidden = linear(layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias, activation, None)
+    return linear(hidden, fc2_weight, fc2_bias, None, x)
+
+
+def attention(qkv: Tensor, rows: Rows, causal: bool, scale: float | None) -> Tensor:
+    total, _, heads, width = qkv.shape
+    parts = []
+    for first, _, count, length in rows.runs:
+        if length == 0:
+            continue
+        run = qkv[first : first + count * length].view(count, length, 3, heads, width)
+        q, k, v = run.permute(2, 0, 3, 1, 4)  # each [count, H, L, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale)
+        parts.append(out.transpose(1, 2).reshape(count * length, heads * width))
+    if not parts:
+        return qkv.new_zeros(total, heads * width)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attention_pool(
+    query: Tensor,
+    tokens: Tensor,
+    rows: Rows,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    heads: int,
+) -> Tensor:
+    # With one query per sequence, matrix products reassociate: q.(Wk y) = (Wk^T q).y and sum p (Wv y) = Wv (sum p y),
+    # so keys and values are never computed for the rows: 2 W^2 + 2 H L W a sequence where 2 L W^2 was needed.
+    batch, width = query.shape
+    q = F.linear(query, q_weight, q_bias).view(batch, heads, -1)
+    head_width = q.shape[-1]
+    key_maps = k_weight.view(heads, head_width, width)
+    directions = torch.bmm(q.transpose(0, 1), key_maps).transpose(0, 1)  # [B, H, W]: where each head looks
+    wide = statistics_dtype(tokens.dtype)
+    directions = directions.to(wide) * head_width**-0.5
+    parts = []
+    for first, sequence, count, length in rows.runs:
+        y = tokens[first : first + count * length].view(count, length, width).to(wide)
+        scores = torch.bmm(directions[sequence : sequence + count], y.transpose(1, 2))  # [count, H, L]
+        if k_bias is not None and k_bias.requires_grad and torch.is_grad_enabled():
+            # adds the same to every key, so the softmax drops it; kept for autograd, whose gradient is zero, not None
+            shift = (q[sequence : sequence + count] * k_bias.view(heads, head_width)).sum(-1, keepdim=True)
+            scores = scores + shift.to(wide) * head_width**-0.5
+        parts.append(torch.bmm(scores.softmax(dim=-1), y))
+    mixed = (torch.cat(parts) if parts else directions).to(tokens.dtype)  # [B, H, W]
+    value_maps = v_weight.view(heads, head_width, width)
+    out = (
+        torch.bmm(mixed.transpose(0, 1), value_maps.transpose(1, 2)).transpose(0, 1).reshape(batch, heads * head_width)
+    )
+    return out if v_bias is None else out + v_bias
+
+
+def patches(images: Tensor, size: int) -> Tensor:
+    """[B, C, H, W] -> [B, G, C * size * size]: the pixels of each patch, in the order of a convolution's weight."""
+    batch, channels, height, width = images.shape
+    down, across = height // size, width // size
+    grid = images[:, :, : down * size, : across * size].reshape(batch, channels, down, size, across, size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, down * across, -1)
+
+
+def to_weight_dtype(images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    if images.dtype != torch.uint8:
+        return images.to(weight.dtype)
+    wide = statistics_dtype(weight.dtype)
+    mean, std = mean.to(images.device, wide), std.to(images.device, wide)
+    return ((images.to(wide) / 255 - mean[:, None, None]) / std[:, None, None]).to(weight.dtype)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positional_embedding: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> Tensor:
+    pixels = to_weight_dtype(images, weight, mean, std)
+    embedded = F.linear(patches(pixels, weight.shape[-1]), weight.flatten(1))
+    first = class_embedding.to(embedded.dtype).expand(len(images), 1, -1)
+    return torch.cat([first, embedded], dim=1) + positional_embedding.to(embedded.dtype)
+
+
+def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float) -> Tensor:
+    return layer_norm(x, norm_weight, norm_bias, eps) @ projection
+
+
+def logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    image_features = image_features / image_features.norm(dim=-1, keepdim=True)
+    text_features = text_features / text_features.norm(dim=-1, keepdim=True)
+    per_image = logit_scale.exp() * image_features @ text_features.t()
+    return per_image, per_image.t()

@@ -1,0 +1,515 @@
+"""CLIP, both families, under openai/CLIP's module tree and parameter names (Radford et al. 2021, arXiv:2103.00020).
+
+Each tower has two ways through the same weights. The short way packs rows, runs `clipfast.ops`, and in the last block
+computes the one row per sample that is read. The long way calls every module on full [L, N, W] rows as openai/CLIP
+does; it is taken when somebody looks inside: a hook, a replaced or re-parametrised module, another attention mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipfast import ops
+from clipfast.inputs import check_images, check_same_device, check_text, mean_std, normalised, pair, refuse_nan_pixels
+from clipfast.packing import Rows, pack_text
+from clipfast.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
+
+__all__ = [
+    "CLIP",
+    "AttentionPool2d",
+    "Bottleneck",
+    "LayerNorm",
+    "ModifiedResNet",
+    "QuickGELU",
+    "ResidualAttentionBlock",
+    "Transformer",
+    "VisionTransformer",
+    "architecture",
+    "build_model",
+    "convert_weights",
+]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Has anybody changed what this module does?
+
+
+def _as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True if the module is exactly of this class and nobody hooks, patches or re-parametrises it."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_causal(mask: Tensor | None, length: int) -> bool | None:
+    """False without a mask, True for the causal one of at least this length, None for any other."""
+    if mask is None:
+        return False
+    known = getattr(mask, "_clipfast_causal", None)  # kept on the mask, beside the edit count it was found at
+    if known is None or known[0] != mask._version:
+        causal = torch.full_like(mask, float("-inf")).triu_(1)
+        known = mask._clipfast_causal = (mask._version, mask.ndim == 2 and torch.equal(mask, causal))
+    return True if known[1] and len(mask) == length else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in float32 for half-precision inputs too; the result has the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, d_model: int, n_head: int, attn_mask: Tensor | None = None, *, activation: str = "quick_gelu"):
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        self.attn = nn.MultiheadAttention(d_model, n_head)
+        self.ln_1 = LayerNorm(d_model)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                [
+                    ("c_fc", nn.Linear(d_model, d_model * 4)),
+                    ("gelu", _ACTIVATIONS[activation]()),
+                    ("c_proj", nn.Linear(d_model * 4, d_model)),
+                ]
+            )
+        )
+        self.ln_2 = LayerNorm(d_model)
+        self.attn_mask = attn_mask
+
+    def attention(self, x: Tensor) -> Tensor:
+        self.attn_mask = None if self.attn_mask is None else self.attn_mask.to(dtype=x.dtype, device=x.device)
+        return self.attn(x, x, x, need_weights=False, attn_mask=self.attn_mask)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[L, N, W] -> [L, N, W]."""
+        causal = _is_causal(self.attn_mask, len(x))
+        if causal is None or not self.inside_as_made():
+            x = x + self.attention(self.ln_1(x))
+            return x + self.mlp(self.ln_2(x))
+        length, batch, width = x.shape
+        rows = x.transpose(0, 1).reshape(batch * length, width)
+        rows = self.packed(rows, Rows.fixed(batch, length), causal)
+        return rows.view(batch, length, width).transpose(0, 1)
+
+    def inside_as_made(self) -> bool:
+        attn, mlp = self.attn, self.mlp
+        return (
+            _as_made(attn, nn.MultiheadAttention)
+            and not (attn.training and attn.dropout)
+            and _as_made(self.ln_1, LayerNorm)
+            and _as_made(self.ln_2, LayerNorm)
+            and _as_made(attn.out_proj, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            and _as_made(mlp, nn.Sequential)
+            and len(mlp) == 3
+            and _as_made(mlp.c_fc, nn.Linear)
+            and _as_made(mlp.c_proj, nn.Linear)
+            and (_as_made(mlp.gelu, QuickGELU) or (_as_made(mlp.gelu, nn.GELU) and mlp.gelu.approximate == "none"))
+        )
+
+    def packed(self, x: Tensor, rows: Rows, causal: bool) -> Tensor:
+        """The block on packed rows [T, W]."""
+        attn = self.attn
+        y = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps)
+        qkv = ops.linear(y, attn.in_proj_weight, attn.in_proj_bias)
+        heads = qkv.view(len(qkv), 3, attn.num_heads, attn.head_dim)
+        out = ops.attention(heads, rows, causal=causal)
+        return self._after_attention(out, x)
+
+    def pooled(self, x: Tensor, rows: Rows, index: Tensor) -> Tensor:
+        """The block's result for the rows index [B] alone, each the last its attention may see (or bidirectional)."""
+        attn, width = self.attn, x.shape[1]
+        y = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps)
+        q_weight, k_weight, v_weight = attn.in_proj_weight.split(width)
+        q_bias, k_bias, v_bias = attn.in_proj_bias.split(width)
+        out = ops.attention_pool(
+            y[index], y, rows, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, heads=attn.num_heads
+        )
+        return self._after_attention(out, x[index])
+
+    def _after_attention(self, out: Tensor, x: Tensor) -> Tensor:
+        fc1, fc2, norm = self.mlp.c_fc, self.mlp.c_proj, self.ln_2
+        x = ops.linear(out, self.attn.out_proj.weight, self.attn.out_proj.bias, residual=x)
+        activation = "quick_gelu" if type(self.mlp.gelu) is QuickGELU else "gelu"
+        return ops.mlp(
+            x,
+            norm.weight,
+            norm.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            activation=activation,
+            eps=norm.eps,
+        )
+
+
+class Transformer(nn.Module):
+    """A stack of residual attention blocks: [L, N, W] -> [L, N, W]."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        attn_mask: Tensor | None = None,
+        *,
+        activation: str = "quick_gelu",
+    ):
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a transformer of width {width} does not divide into {heads} heads")
+        self.width = width
+        self.layers = layers
+        self.resblocks = nn.Sequential(
+            *[ResidualAttentionBlock(width, heads, attn_mask, activation=activation) for _ in range(layers)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        causal = self.short_way(len(x))
+        if causal is None:
+            return self.resblocks(x)
+        length, batch, width = x.shape
+        rows, packed = Rows.fixed(batch, length), x.transpose(0, 1).reshape(batch * length, width)
+        for block in self.resblocks:
+            packed = block.packed(packed, rows, causal)
+        return packed.view(batch, length, width).transpose(0, 1)
+
+    def short_way(self, length: int) -> bool | None:
+        """Whether the blocks are causal, or None if they must be called one by one on full rows."""
+        if not _as_made(self.resblocks, nn.Sequential) or nn.modules.module._has_any_global_hook():
+            return None
+        masks = [_is_causal(block.attn_mask, length) for block in self.resblocks if hasattr(block, "attn_mask")]
+        if len(masks) < len(self.resblocks) or len(set(masks)) != 1:
+            return None
+        untouched = all(_as_made(block, ResidualAttentionBlock) and block.inside_as_made() for block in self.resblocks)
+        return masks[0] if untouched else None
+
+    def pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
+        """Packed rows [T, W] through every block; of the last one only the rows index [B]: -> [B, W]."""
+        for block in self.resblocks[:-1]:
+            x = block.packed(x, rows, causal)
+        return self.resblocks[-1].pooled(x, rows, index)
+
+
+class VisionTransformer(nn.Module):
+    """[N, 3, H, W] -> [N, output_dim]."""
+
+    def __init__(
+        self,
+        input_resolution: int | tuple[int, int],
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        output_dim: int,
+        *,
+        activation: str = "quick_gelu",
+    ):
+        super().__init__()
+        self.input_resolution = input_resolution
+        self.output_dim = output_dim
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+        height, across = pair(input_resolution)
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(
+            scale * torch.randn((height // patch_size) * (across // patch_size) + 1, width)
+        )
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, activation=activation)
+        self.ln_post = LayerNorm(width)
+        self.proj: nn.Parameter | None = nn.Parameter(scale * torch.randn(width, output_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1.weight, self.input_resolution, self.conv1.stride[0])
+        if not self._short_way():
+            return self._long_way(x)
+        mean, std = mean_std(x)
+        x = ops.patch_embed(
+            x, self.conv1.weight, self.class_embedding, self.positional_embedding, mean=mean, std=std
+        )  # [N, 1 + grid ** 2, width]
+        batch, length, width = x.shape
+        x = ops.layer_norm(x.view(batch * length, width), self.ln_pre.weight, self.ln_pre.bias, self.ln_pre.eps)
+        index = torch.arange(0, batch * length, length, device=x.device)
+        x = self.transformer.pooled(x, Rows.fixed(batch, length), index, causal=False)
+        if self.proj is None:
+            return ops.layer_norm(x, self.ln_post.weight, self.ln_post.bias, self.ln_post.eps)
+        return ops.project(x, self.ln_post.weight, self.ln_post.bias, self.proj, self.ln_post.eps)
+
+    def _short_way(self) -> bool:
+        return (
+            _as_made(self.conv1, nn.Conv2d)
+            and _as_made(self.ln_pre, LayerNorm)
+            and _as_made(self.ln_post, LayerNorm)
+            and _as_made(self.transformer, Transformer)
+            and len(self.transformer.resblocks) > 0
+            and self.transformer.short_way(len(self.positional_embedding)) is False
+        )
+
+    def _long_way(self, x: Tensor) -> Tensor:
+        x = self.conv1(normalised(x, self.conv1.weight.dtype))  # [*, width, grid, grid]
+        x = x.flatten(2).transpose(1, 2)  # [*, grid ** 2, width]
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        x = self.transformer(x.transpose(0, 1)).transpose(0, 1)  # NLD -> LND -> NLD
+        x = self.ln_post(x[:, 0])
+        return x if self.proj is None else x @ self.proj
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+
+class CLIP(nn.Module):
+    """openai/CLIP's model: an image tower, a text tower, one embedding space.
+
+    vision_layers: an int for a VisionTransformer, a tuple of four for a ModifiedResNet.
+    image_resolution: pixels, an int or (height, width).
+    activation: of both towers' MLPs, "quick_gelu" (OpenAI's) or "gelu".   vision_heads: default vision width // 64.
+    Raises: ValueError where sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        # vision
+        image_resolution: int | tuple[int, int],
+        vision_layers: tuple[int, int, int, int] | int,
+        vision_width: int,
+        vision_patch_size: int | None,
+        # text
+        context_length: int,
+        vocab_size: int,
+        transformer_width: int,
+        transformer_heads: int,
+        transformer_layers: int,
+        *,
+        activation: str = "quick_gelu",
+        vision_heads: int | None = None,
+    ):
+        super().__init__()
+        self.context_length = context_length
+        if isinstance(vision_layers, (tuple, list)):
+            self.visual: ModifiedResNet | VisionTransformer = ModifiedResNet(
+                layers=tuple(vision_layers),
+                output_dim=embed_dim,
+                heads=vision_heads or max(1, vision_width * 32 // 64),
+                input_resolution=image_resolution,
+                width=vision_width,
+            )
+        else:
+            vision_heads = vision_heads or max(1, vision_width // 64)
+            self.visual = VisionTransformer(
+                input_resolution=image_resolution,
+                patch_size=vision_patch_size,
+                width=vision_width,
+                layers=vision_layers,
+                heads=vision_heads,
+                output_dim=embed_dim,
+                activation=activation,
+            )
+        self.transformer = Transformer(
+            transformer_width,
+            transformer_layers,
+            transformer_heads,
+            self.build_attention_mask(),
+            activation=activation,
+        )
+        self.vocab_size = vocab_size
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.ones([]) * math.log(1 / 0.07))
+        self.initialize_parameters()
+
+    def initialize_parameters(self) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        if isinstance(self.visual, ModifiedResNet):
+            pool = self.visual.attnpool
+            for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+                nn.init.normal_(projection.weight, std=pool.c_proj.in_features**-0.5)
+            for layer in (self.visual.layer1, self.visual.layer2, self.visual.layer3, self.visual.layer4):
+                for block in layer:
+                    nn.init.zeros_(block.bn3.weight)
+        width, layers = self.transformer.width, self.transformer.layers
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def build_attention_mask(self) -> Tensor:
+        """[context, context], added to the scores: a token sees itself and those before it."""
+        return torch.full((self.context_length, self.context_length), float("-inf")).triu_(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.conv1.weight.dtype
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W], floating (preprocessed) or uint8 (0 to 255) -> [B, E], not normalised.
+
+        Raises: TypeError, ValueError or RuntimeError naming what is wrong with the images; on a CPU without gradients
+                also ValueError for NaN pixels (a GPU returns NaN rows: a check would wait for it).
+        """
+        if not isinstance(image, Tensor):
+            raise TypeError(f"image must be a tensor [B, 3, H, W] (preprocess makes one), got {type(image).__name__}")
+        features = self.visual(image if image.dtype == torch.uint8 else image.to(self.dtype))
+        if features.device.type == "cpu" and not features.requires_grad and not ops.traced() and features.isnan().any():
+            refuse_nan_pixels(image)
+        return features
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Token ids [B, <= context_length] from tokenize -> [B, E], not normalised.
+
+        What follows the end-of-text token (the largest id) is never computed: it cannot change the result.
+        Raises: TypeError, ValueError or RuntimeError naming what is wrong with the ids.
+        """
+        check_same_device("text", text, self.token_embedding.weight)
+        if ops.traced() or not self._short_way():
+            return self._encode_text_long_way(text)
+        packed = pack_text(text, self.context_length, self.vocab_size)
+        x = F.embedding(packed.ids, self.token_embedding.weight).to(self.dtype)
+        x = x + F.embedding(packed.positions, self.positional_embedding).to(self.dtype)
+        x = self.transformer.pooled(x, packed.rows, packed.last, causal=True)
+        x = ops.project(x, self.ln_final.weight, self.ln_final.bias, self.text_projection, self.ln_final.eps)
+        return x[packed.restore]
+
+    def _short_way(self) -> bool:
+        return (
+            _as_made(self.token_embedding, nn.Embedding)
+            and _as_made(self.ln_final, LayerNorm)
+            and _as_made(self.transformer, Transformer)
+            and len(self.transformer.resblocks) > 0
+            and self.transformer.short_way(self.context_length) is True
+        )
+
+    def _encode_text_long_way(self, text: Tensor) -> Tensor:
+        check_text(text, self.context_length)
+        x = self.token_embedding(text.int() if text.dtype != torch.int64 else text).to(self.dtype)  # [B, n_ctx, width]
+        x = x + self.positional_embedding[: text.shape[1]].to(self.dtype)
+        x = self.transformer(x.transpose(0, 1)).transpose(0, 1)  # NLD -> LND -> NLD
+        x = self.ln_final(x).to(self.dtype)
+        return x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)] @ self.text_projection
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (logits_per_image [I, T], logits_per_text [T, I])."""
+        return ops.logits(self.encode_image(image), self.encode_text(text), self.logit_scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def convert_weights(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
+    """Casts convolutions, linear layers, attention and the projections to dtype, in place, as openai/CLIP does.
+
+    LayerNorm, BatchNorm, embeddings and logit_scale keep their precision.
+    """
+    for module in model.modules():
+        names: tuple[str, ...] = ()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            names = ("weight", "bias")
+        elif isinstance(module, nn.MultiheadAttention):
+            names = (
+                "in_proj_weight",
+                "q_proj_weight",
+                "k_proj_weight",
+                "v_proj_weight",
+                "in_proj_bias",
+                "bias_k",
+                "bias_v",
+            )
+        names += ("text_projection", "proj")
+        for name in names:
+            tensor = getattr(module, name, None)
+            if isinstance(tensor, Tensor):
+                tensor.data = tensor.data.to(dtype)
+
+
+def build_model(
+    state_dict: Mapping[str, Tensor],
+    *,
+    activation: str = "quick_gelu",
+    image_resolution: int | tuple[int, int] | None = None,
+) -> CLIP:
+    """The model a state dict in OpenAI's layout describes, with its weights, in eval mode, on the CPU.
+
+    Every size is read off the shapes. The weights keep their precision: half-precision checkpoints (OpenAI's) give a
+    model of mixed dtype as openai/CLIP's, float32 ones stay float32. The caller's dict is not changed.
+    image_resolution: needed only for a rectangular input, which the shapes cannot tell.
+    Raises: RuntimeError (from load_state_dict) for missing or unexpected keys and other shapes; ValueError or KeyError
+            if the sizes cannot be read.
+    """
+    weights = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    model = CLIP(**architecture(weights, image_resolution), activation=activation)
+    half = weights["visual.conv1.weight"].dtype
+    if half in (torch.float16, torch.bfloat16):
+        convert_weights(model, half)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def architecture(state_dict: Mapping[str, Tensor], image_resolution: int | tuple[int, int] | None = None) -> dict:
+    """CLIP's constructor arguments, read off the shapes of a state dict in OpenAI's layout."""
+    vision: dict = {}
+    shape = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    if "visual.proj" in shape:
+        vision["vision_width"] = shape["visual.conv1.weight"][0]
+        vision["vision_layers"] = len(
+            [k for k in shape if k.startswith("visual.") and k.endswith(".attn.in_proj_weight")]
+        )
+        vision["vision_patch_size"] = stride = shape["visual.conv1.weight"][-1]
+        cells = shape["visual.positional_embedding"][0] - 1
+    else:
+        blocks = [{k.split(".")[2] for k in shape if k.startswith(f"visual.layer{n}.")} for n in (1, 2, 3, 4)]
+        vision["vision_layers"] = tuple(len(found) for found in blocks)
+        vision["vision_width"] = shape["visual.layer1.0.conv1.weight"][0]
+        vision["vision_patch_size"], stride = None, 32
+        cells = shape["visual.attnpool.positional_embedding"][0] - 1
+    if image_resolution is None:
+        grid = math.isqrt(cells)
+        if grid * grid != cells:
+            raise ValueError(f"{cells} patches are no square: give image_resolution=(height, width)")
+        image_resolution = grid * stride
+    text_width = shape["ln_final.weight"][0]
+    return {
+        **vision,
+        "embed_dim": shape["text_projection"][1],
+        "image_resolution": image_resolution,
+        "context_length": shape["positional_embedding"][0],
+        "vocab_size": shape["token_embedding.weight"][0],
+        "transformer_width": text_width,
+        "transformer_heads": max(1, text_width // 64),
+        "transformer_layers": len({k.split(".")[2] for k in shape if k.startswith("transformer.resblocks.")}),
+    }

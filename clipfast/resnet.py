@@ -1,0 +1,140 @@
+"""CLIP's ResNet: three-convolution stem, anti-aliased striding, attention pooling (Radford et al. 2021, 2.4)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from clipfast import ops
+from clipfast.inputs import check_images, normalised, pair
+from clipfast.packing import Rows
+
+
+class Bottleneck(nn.Module):
+    """Residual bottleneck whose convolutions all have stride 1; an average pool before conv3 does the striding."""
+
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.downsample: nn.Sequential | None = None
+        self.stride = stride
+        if stride > 1 or inplanes != planes * self.expansion:
+            # the keys "-1", "0", "1" are those of the published checkpoints
+            self.downsample = nn.Sequential(
+                OrderedDict(
+                    [
+                        ("-1", nn.AvgPool2d(stride)),
+                        ("0", nn.Conv2d(inplanes, planes * self.expansion, 1, bias=False)),
+                        ("1", nn.BatchNorm2d(planes * self.expansion)),
+                    ]
+                )
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        out = out + (x if self.downsample is None else self.downsample(x))
+        return self.relu3(out)
+
+
+class AttentionPool2d(nn.Module):
+    """Attention with one query, the mean token, over the mean and all HW positions: [N, C, H, W] -> [N, output_dim]."""
+
+    def __init__(
+        self,
+        spacial_dim: int | tuple[int, int],
+        embed_dim: int,
+        num_heads: int,
+        output_dim: int | None = None,
+    ):
+        super().__init__()
+        height, width = pair(spacial_dim)
+        self.positional_embedding = nn.Parameter(torch.randn(height * width + 1, embed_dim) / embed_dim**0.5)
+        self.k_proj = nn.Linear(embed_dim, embed_dim)
+        self.q_proj = nn.Linear(embed_dim, embed_dim)
+        self.v_proj = nn.Linear(embed_dim, embed_dim)
+        self.c_proj = nn.Linear(embed_dim, output_dim or embed_dim)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(start_dim=2).transpose(1, 2)  # [N, HW, C]
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+        n, length, width = x.shape
+        pooled = ops.attention_pool(
+            x[:, 0],
+            x.reshape(n * length, width),
+            Rows.fixed(n, length),
+            self.q_proj.weight,
+            self.q_proj.bias,
+            self.k_proj.weight,
+            self.k_proj.bias,
+            self.v_proj.weight,
+            self.v_proj.bias,
+            heads=self.num_heads,
+        )
+        return ops.linear(pooled, self.c_proj.weight, self.c_proj.bias)
+
+
+class ModifiedResNet(nn.Module):
+    """ResNet with a three-convolution stem, anti-aliased striding and attention pooling: [N, 3, H, W] -> [N, E]."""
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int, int],
+        output_dim: int,
+        heads: int,
+        input_resolution: int | tuple[int, int] = 224,
+        width: int = 64,
+    ):
+        super().__init__()
+        self.output_dim = output_dim
+        self.input_resolution = input_resolution
+        self.conv1 = nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(width // 2, width, kernel_size=3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.avgpool = nn.AvgPool2d(2)
+        self._inplanes = width
+        self.layer1 = self._make_layer(width, layers[0])
+        self.layer2 = self._make_layer(width * 2, layers[1], stride=2)
+        self.layer3 = self._make_layer(width * 4, layers[2], stride=2)
+        self.layer4 = self._make_layer(width * 8, layers[3], stride=2)
+        height, across = pair(input_resolution)
+        self.attnpool = AttentionPool2d((height // 32, across // 32), width * 32, heads, output_dim)
+
+    def _make_layer(self, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
+        layers = [Bottleneck(self._inplanes, planes, stride)]
+        self._inplanes = planes * Bottleneck.expansion
+        layers += [Bottleneck(self._inplanes, planes) for _ in range(1, blocks)]
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1.weight, self.input_resolution, stride=32)
+        x = normalised(x, self.conv1.weight.dtype)
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)  # oneDNN then skips a reorder around each convolution
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.relu3(self.bn3(self.conv3(x)))
+        x = self.avgpool(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.attnpool(x)
