@@ -19,23 +19,14 @@ def check_same_device(name: str, tensor: Tensor, weight: Tensor) -> None:
         raise RuntimeError(f"{name} is on {tensor.device} but the model is on {weight.device}; move one of them")
 
 
-def check_images(images: Tensor, weight: Tensor, resolution: int | tuple[int, int], stride: int) -> None:
-    """Raises TypeError, ValueError or RuntimeError naming what is wrong with images [B, C, H, W].
-
-    Pixels beyond a multiple of stride do not count, as in openai/CLIP.
-    """
-    height, width = pair(resolution)
+def check_images(images: Tensor, weight: Tensor) -> None:
+    """Raises TypeError, ValueError or RuntimeError naming what is wrong with images [B, C, H, W]."""
     channels = weight.shape[1]
     if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"images must be [B, {channels}, {height}, {width}], got {list(images.shape)}")
+        raise ValueError(f"images must be [B, {channels}, H, W], got {list(images.shape)}")
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise TypeError(f"images must be floating (preprocessed) or uint8 (0 to 255), got {images.dtype}")
     check_same_device("image", images, weight)
-    if images.shape[2] // stride != height // stride or images.shape[3] // stride != width // stride:
-        raise ValueError(
-            f"images must be {height} x {width} pixels, got {images.shape[2]} x {images.shape[3]}; "
-            "preprocess makes them so"
-        )
 
 
 def refuse_nan_pixels(images: Tensor) -> None:
@@ -49,7 +40,7 @@ def mean_std(images: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """CLIP's pixel mean and std [3] (float64) for uint8 images, (None, None) for those normalised already."""
     if images.dtype != torch.uint8:
         return None, None
-    return torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
+    return torch.tensor(MEAN, dtype=torch.float64, device="cpu"), torch.tensor(STD, dtype=torch.float64, device="cpu")
 
 
 def normalised(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ does; it is taken when somebody looks inside: a hook, a replaced or re-parametri
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from clipfast import ops
 from clipfast.inputs import check_images, check_same_device, check_text, mean_std, normalised, pair, refuse_nan_pixels
@@ -36,29 +38,40 @@ __all__ = [
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Has anybody changed what this module does?
+# Has anybody changed what these modules do?
 
 
 def _as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True if the module is exactly of this class and nobody hooks, patches or re-parametrises it."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+    return (
+        type(module) is kind
+        and kind.forward is _FORWARD[kind]
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
     )
+
+
+def _looked_at() -> bool:
+    """True while every module call or every operator is watched: global hooks, tracing, torch.func, dispatch modes."""
+    return ops.traced() or nn.modules.module._has_any_global_hook()
+
+
+@functools.cache
+def _causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 def _is_causal(mask: Tensor | None, length: int) -> bool | None:
     """False without a mask, True for the causal one of at least this length, None for any other."""
     if mask is None:
         return False
-    known = getattr(mask, "_clipfast_causal", None)  # kept on the mask, beside the edit count it was found at
-    if known is None or known[0] != mask._version:
-        causal = torch.full_like(mask, float("-inf")).triu_(1)
-        known = mask._clipfast_causal = (mask._version, mask.ndim == 2 and torch.equal(mask, causal))
-    return True if known[1] and len(mask) == length else None
+    if mask.ndim != 2 or mask.shape[0] < length or not mask.is_floating_point():
+        return None
+    # compared on each call: a mask, too, can be edited where no version counter sees it
+    return True if torch.equal(mask, _causal_mask(len(mask), mask.dtype, mask.device)) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +92,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -104,13 +117,16 @@ class ResidualAttentionBlock(nn.Module):
         self.attn_mask = attn_mask
 
     def attention(self, x: Tensor) -> Tensor:
-        self.attn_mask = None if self.attn_mask is None else self.attn_mask.to(dtype=x.dtype, device=x.device)
-        return self.attn(x, x, x, need_weights=False, attn_mask=self.attn_mask)[0]
+        mask = self.attn_mask
+        if mask is not None:
+            length = x.shape[0]
+            mask = (mask[:length, :length] if mask.ndim == 2 else mask).to(dtype=x.dtype, device=x.device)
+        return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[L, N, W] -> [L, N, W]."""
-        causal = _is_causal(self.attn_mask, len(x))
-        if causal is None or not self.inside_as_made():
+        causal = None if _looked_at() or not self.inside_as_made() else _is_causal(self.attn_mask, len(x))
+        if causal is None:
             x = x + self.attention(self.ln_1(x))
             return x + self.mlp(self.ln_2(x))
         length, batch, width = x.shape
@@ -119,17 +135,25 @@ class ResidualAttentionBlock(nn.Module):
         return rows.view(batch, length, width).transpose(0, 1)
 
     def inside_as_made(self) -> bool:
+        """True if attention and MLP are what __init__ built, so that their weights say all."""
         attn, mlp = self.attn, self.mlp
         return (
-            _as_made(attn, nn.MultiheadAttention)
-            and not (attn.training and attn.dropout)
+            "attention" not in self.__dict__
+            and type(self).attention is _BLOCK_ATTENTION
             and _as_made(self.ln_1, LayerNorm)
             and _as_made(self.ln_2, LayerNorm)
-            and _as_made(attn.out_proj, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            and _as_made(attn, nn.MultiheadAttention)
+            and _as_made(attn.out_proj, NonDynamicallyQuantizableLinear)
+            and attn.in_proj_weight is not None
+            and attn.in_proj_bias is not None
+            and attn.bias_k is None
+            and not (attn.add_zero_attn or attn.batch_first or (attn.training and attn.dropout))
             and _as_made(mlp, nn.Sequential)
-            and len(mlp) == 3
+            and [*mlp._modules] == ["c_fc", "gelu", "c_proj"]
             and _as_made(mlp.c_fc, nn.Linear)
             and _as_made(mlp.c_proj, nn.Linear)
+            and mlp.c_fc.bias is not None
+            and mlp.c_proj.bias is not None
             and (_as_made(mlp.gelu, QuickGELU) or (_as_made(mlp.gelu, nn.GELU) and mlp.gelu.approximate == "none"))
         )
 
@@ -203,13 +227,13 @@ class Transformer(nn.Module):
 
     def short_way(self, length: int) -> bool | None:
         """Whether the blocks are causal, or None if they must be called one by one on full rows."""
-        if not _as_made(self.resblocks, nn.Sequential) or nn.modules.module._has_any_global_hook():
+        blocks = [*self.resblocks]
+        if _looked_at() or not _as_made(self.resblocks, nn.Sequential) or not blocks:
             return None
-        masks = [_is_causal(block.attn_mask, length) for block in self.resblocks if hasattr(block, "attn_mask")]
-        if len(masks) < len(self.resblocks) or len(set(masks)) != 1:
+        if not all(_as_made(block, ResidualAttentionBlock) and block.inside_as_made() for block in blocks):
             return None
-        untouched = all(_as_made(block, ResidualAttentionBlock) and block.inside_as_made() for block in self.resblocks)
-        return masks[0] if untouched else None
+        mask = blocks[0].attn_mask
+        return _is_causal(mask, length) if all(block.attn_mask is mask for block in blocks) else None
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
         """Packed rows [T, W] through every block; of the last one only the rows index [B]: -> [B, W]."""
@@ -248,7 +272,7 @@ class VisionTransformer(nn.Module):
         self.proj: nn.Parameter | None = nn.Parameter(scale * torch.randn(width, output_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.weight, self.input_resolution, self.conv1.stride[0])
+        check_images(x, self.conv1.weight)
         if not self._short_way():
             return self._long_way(x)
         mean, std = mean_std(x)
@@ -264,19 +288,25 @@ class VisionTransformer(nn.Module):
         return ops.project(x, self.ln_post.weight, self.ln_post.bias, self.proj, self.ln_post.eps)
 
     def _short_way(self) -> bool:
+        conv = self.conv1
         return (
-            _as_made(self.conv1, nn.Conv2d)
+            _as_made(conv, nn.Conv2d)
+            and conv.bias is None
+            and conv.stride == conv.kernel_size == (conv.kernel_size[0],) * 2
+            and conv.padding == (0, 0)
+            and conv.groups == 1
+            and conv.dilation == (1, 1)
+            and not conv.weight.is_meta
             and _as_made(self.ln_pre, LayerNorm)
             and _as_made(self.ln_post, LayerNorm)
             and _as_made(self.transformer, Transformer)
-            and len(self.transformer.resblocks) > 0
             and self.transformer.short_way(len(self.positional_embedding)) is False
         )
 
     def _long_way(self, x: Tensor) -> Tensor:
         x = self.conv1(normalised(x, self.conv1.weight.dtype))  # [*, width, grid, grid]
         x = x.flatten(2).transpose(1, 2)  # [*, grid ** 2, width]
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
         x = self.transformer(x.transpose(0, 1)).transpose(0, 1)  # NLD -> LND -> NLD
         x = self.ln_post(x[:, 0])
@@ -384,7 +414,7 @@ class CLIP(nn.Module):
         """
         if not isinstance(image, Tensor):
             raise TypeError(f"image must be a tensor [B, 3, H, W] (preprocess makes one), got {type(image).__name__}")
-        features = self.visual(image if image.dtype == torch.uint8 else image.to(self.dtype))
+        features = self.visual(image.to(self.dtype) if image.is_floating_point() else image)
         if features.device.type == "cpu" and not features.requires_grad and not ops.traced() and features.isnan().any():
             refuse_nan_pixels(image)
         return features
@@ -396,7 +426,7 @@ class CLIP(nn.Module):
         Raises: TypeError, ValueError or RuntimeError naming what is wrong with the ids.
         """
         check_same_device("text", text, self.token_embedding.weight)
-        if ops.traced() or not self._short_way():
+        if not self._short_way():
             return self._encode_text_long_way(text)
         packed = pack_text(text, self.context_length, self.vocab_size)
         x = F.embedding(packed.ids, self.token_embedding.weight).to(self.dtype)
@@ -410,7 +440,7 @@ class CLIP(nn.Module):
             _as_made(self.token_embedding, nn.Embedding)
             and _as_made(self.ln_final, LayerNorm)
             and _as_made(self.transformer, Transformer)
-            and len(self.transformer.resblocks) > 0
+            and not self.token_embedding.weight.is_meta
             and self.transformer.short_way(self.context_length) is True
         )
 
@@ -420,11 +450,22 @@ class CLIP(nn.Module):
         x = x + self.positional_embedding[: text.shape[1]].to(self.dtype)
         x = self.transformer(x.transpose(0, 1)).transpose(0, 1)  # NLD -> LND -> NLD
         x = self.ln_final(x).to(self.dtype)
-        return x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)] @ self.text_projection
+        return x[torch.arange(x.shape[0], device=x.device), text.argmax(dim=-1)] @ self.text_projection
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """-> (logits_per_image [I, T], logits_per_text [T, I])."""
         return ops.logits(self.encode_image(image), self.encode_text(text), self.logit_scale)
+
+
+# What the classes did when this module was imported: a class patched later must be called, not bypassed.
+_FORWARD = {
+    kind: kind.forward
+    for kind in (
+        LayerNorm, QuickGELU, ResidualAttentionBlock, Transformer, nn.Conv2d, nn.Embedding, nn.GELU, nn.Linear,
+        nn.MultiheadAttention, nn.Sequential, NonDynamicallyQuantizableLinear,
+    )
+}  # fmt: skip
+_BLOCK_ATTENTION = ResidualAttentionBlock.attention
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -128,28 +128,21 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _decide(operator: str, forced: str | None, call: Call) -> Decision:
-    chosen: Backend | None = None
-    others = []
-    for candidate in _BACKENDS:
-        if operator not in candidate.operators:
-            others.append((candidate.name, "does not have this operator"))
-        elif chosen is not None and candidate.name != forced:
-            others.append(
-                (
-                    candidate.name,
-                    f"{chosen.name} comes first" if candidate.name != "reference" else "only when forced",
-                )
-            )
-        elif forced is not None and candidate.name not in (forced, "torch"):
-            others.append((candidate.name, f"{forced} is forced"))
-        elif reason := candidate.refuses(call):
-            if candidate.name == forced:
-                raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reason}")
-            others.append((candidate.name, reason))
-        else:
-            chosen = candidate
-    assert chosen is not None  # "torch" refuses nothing
-    return Decision(chosen.name, chosen.operators[operator], tuple(others))
+    """The forced backend if it has the operator, else the first that does not refuse; why not, for all others."""
+    able = {known.name: known for known in _BACKENDS if operator in known.operators}
+    reasons = {known.name: "does not have this operator" for known in _BACKENDS if operator not in known.operators}
+    reasons |= {name: reason for name, known in able.items() if (reason := known.refuses(call))}
+    if forced in able and forced in reasons:
+        raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reasons[forced]}")
+    if forced is not None:
+        chosen = forced if forced in able else "torch"
+    else:
+        chosen = next(name for name in able if name not in reasons)
+    for name in able:
+        passed_over = "runs only when forced" if name == "reference" else f"{chosen} comes first"
+        reasons.setdefault(name, f"{forced} is forced" if forced is not None else passed_over)
+    others = tuple((name, reason) for name, reason in reasons.items() if name != chosen)
+    return Decision(chosen, able[chosen].operators[operator], others)
 
 
 def _call(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Call:
@@ -159,7 +152,7 @@ def _call(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Call:
         x.dtype,
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
         traced(),
-        torch.is_autocast_enabled(device),
+        device != "meta" and torch.is_autocast_enabled(device),
         torch.backends.mkldnn.enabled,
     )
 
@@ -171,6 +164,7 @@ def traced() -> bool:
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

@@ -59,7 +59,7 @@ class Rows:
     def offsets(self, device: torch.device | str = "cpu") -> Tensor:
         """[B + 1] int32, first row of each sequence; the last entry is T."""
         bounds = [0, *itertools.accumulate(self.lengths)]
-        return torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        return torch.tensor(bounds, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def pack_text(text: Tensor, context_length: int, vocab_size: int) -> PackedText:
             f"text[{row}, {column}] is {ids[row, column].item()}, outside the vocabulary of {vocab_size} ids"
         )
     lengths, order = torch.sort(ids.argmax(dim=-1) + 1, stable=True)
-    kept = torch.arange(width) < lengths[:, None]
-    positions = torch.arange(width).expand(batch, width)[kept]
-    restore = torch.empty_like(order).scatter_(0, order, torch.arange(batch))
+    places = torch.arange(width, device="cpu")  # whatever the default device
+    kept = places < lengths[:, None]
+    positions = places.expand(batch, width)[kept]
+    restore = torch.empty_like(order).scatter_(0, order, torch.arange(batch, device="cpu"))
     return PackedText(
         ids=ids[order][kept].to(text.device, non_blocking=True),
         positions=positions.to(text.device, non_blocking=True),

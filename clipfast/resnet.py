@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast import ops
@@ -71,8 +72,15 @@ class AttentionPool2d(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] * x.shape[3] + 1 != len(self.positional_embedding):
+            raise ValueError(
+                f"the last feature map is {x.shape[2]} x {x.shape[3]}, but the positional embedding is for "
+                f"{len(self.positional_embedding) - 1} places: the images are not of the model's input resolution"
+            )
         x = x.flatten(start_dim=2).transpose(1, 2)  # [N, HW, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+        if x.is_meta or ops.traced():
+            return self._long_way(x)
         n, length, width = x.shape
         pooled = ops.attention_pool(
             x[:, 0],
@@ -87,6 +95,15 @@ class AttentionPool2d(nn.Module):
             heads=self.num_heads,
         )
         return ops.linear(pooled, self.c_proj.weight, self.c_proj.bias)
+
+    def _long_way(self, x: Tensor) -> Tensor:
+        """The same without packing, for whoever traces it: no size of the batch is fixed."""
+        q, k, v = (
+            projection(rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, L, D]
+            for projection, rows in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
+        )
+        pooled = F.scaled_dot_product_attention(q, k, v)
+        return self.c_proj(pooled.transpose(1, 2).flatten(1))
 
 
 class ModifiedResNet(nn.Module):
@@ -128,9 +145,9 @@ class ModifiedResNet(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.weight, self.input_resolution, stride=32)
+        check_images(x, self.conv1.weight)
         x = normalised(x, self.conv1.weight.dtype)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not ops.traced():
             x = x.contiguous(memory_format=torch.channels_last)  # oneDNN then skips a reorder around each convolution
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))

@@ -81,8 +81,8 @@ def attention_pool(
     # With one query per sequence, matrix products reassociate: q.(Wk y) = (Wk^T q).y and sum p (Wv y) = Wv (sum p y),
     # so keys and values are never computed for the rows: 2 W^2 + 2 H L W a sequence where 2 L W^2 was needed.
     batch, width = query.shape
-    q = F.linear(query, q_weight, q_bias).view(batch, heads, -1)
-    head_width = q.shape[-1]
+    head_width = len(q_weight) // heads
+    q = F.linear(query, q_weight, q_bias).view(batch, heads, head_width)
     key_maps = k_weight.view(heads, head_width, width)
     directions = torch.bmm(q.transpose(0, 1), key_maps).transpose(0, 1)  # [B, H, W]: where each head looks
     wide = statistics_dtype(tokens.dtype)
@@ -109,7 +109,7 @@ def patches(images: Tensor, size: int) -> Tensor:
     batch, channels, height, width = images.shape
     down, across = height // size, width // size
     grid = images[:, :, : down * size, : across * size].reshape(batch, channels, down, size, across, size)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, down * across, -1)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, down * across, channels * size * size)
 
 
 def to_weight_dtype(images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from clipfast.kernels import eager
 
-# A float32 product sums at most this many terms in one chain; longer ones are cut, and the parts added. oneDNN's single
-# chain over K = 2,048 rounds twice as much as MKL's product, and a text tower 1.5 times as much as openai/CLIP's; cut,
-# neither tower rounds more than openai/CLIP's. torch.set_float32_matmul_precision("high") leaves the chains whole.
-CHAIN = 256
-# below this many rows the cut, which copies the weight, would cost more than half the product
-FEW_ROWS = 256
+# A float32 product sums at most this many terms in one chain; longer ones are cut, and the parts added. A single chain
+# over K = 2,048 rounds twice as much as MKL's product, and a text tower 1.5 times as much as openai/CLIP's. Cut at 256
+# the text tower still rounds 1.04 times as much, at 192 0.93 times (ViT-B/32, against float64).
+# torch.set_float32_matmul_precision("high") leaves the chains whole: 1.2 times faster.
+CHAIN = 192
+# up to this many rows (one image, a few texts) chains stay whole: the cut copies the weight, which doubles the latency
+FEW_ROWS = 64
 # rows that go through a cut product together: the partial sums then stay in the cache
 BLOCK = 512
 QUICK = 1.702
@@ -38,10 +39,11 @@ class Product:
     """x @ weight.T + bias, the weight cut into chains (and laid out for oneDNN) for the length of one call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
-        self.bias = bias
-        # a strided weight would take oneDNN's reference reorder, a thousand times slower than a copy
+        # a strided weight would take oneDNN's reference reorder, a thousand times slower than a copy; a strided bias is
+        # read as if it were not
+        self.bias = None if bias is None else bias.contiguous()
         terms = weight.shape[1]
-        cut = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" and rows >= FEW_ROWS
+        cut = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" and rows > FEW_ROWS
         parts = -(-terms // CHAIN) if cut else 1
         if parts == 1:
             self.step, self.weights = terms, [weight.contiguous()]
@@ -75,18 +77,18 @@ def _blocks(x: Tensor, cut: bool) -> tuple[Tensor, ...]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
-    shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    shape, x = (*x.shape[:-1], len(weight)), x.reshape(-1, x.shape[-1])
     product = Product(weight, bias, len(x))
     blocks = _blocks(x, len(product.weights) > 1)
     if activation is None:
         adds = [None] * len(blocks) if residual is None else _blocks(residual.reshape(-1, len(weight)), len(blocks) > 1)
         parts = [product(block, add=add) for block, add in zip(blocks, adds, strict=True)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*shape, -1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
     if activation == "gelu":
         parts = [product(block, "gelu", "none") for block in blocks]
     else:
         parts = [y.mul_(torch.sigmoid(QUICK * y)) for y in map(product, blocks)]
-    y = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*shape, -1)
+    y = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
     return y if residual is None else y.add_(residual)
 
 
