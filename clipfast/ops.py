@@ -67,7 +67,7 @@ class Decision(NamedTuple):
 def _onednn_refuses(call: Call) -> str | None:
     if call.device != "cpu":
         return f"runs on a CPU, not on {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16):
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"has no {str(call.dtype).removeprefix('torch.')} products"
     if call.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bfloat16 products (AVX-512 needed)"
