@@ -378,6 +378,8 @@ class CLIP(nn.Module):
         self.ln_final = LayerNorm(transformer_width)
         self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.ones([]) * math.log(1 / 0.07))
+        self.activation = activation
+        self.register_state_dict_post_hook(_note_activation)
         self.initialize_parameters()
 
     def initialize_parameters(self) -> None:
@@ -472,6 +474,11 @@ _BLOCK_ATTENTION = ResidualAttentionBlock.attention
 # Weights
 
 
+def _note_activation(model: CLIP, state_dict: Mapping[str, Tensor], prefix: str, metadata: dict) -> None:
+    """A state dict says what no weight shows, so that load() need not ask; load_state_dict passes over it."""
+    metadata["activation"] = model.activation
+
+
 def convert_weights(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
     """Casts convolutions, linear layers, attention and the projections to dtype, in place, as openai/CLIP does.
 
@@ -503,17 +510,22 @@ def build_model(
     *,
     activation: str = "quick_gelu",
     image_resolution: int | tuple[int, int] | None = None,
+    vision_heads: int | None = None,
+    transformer_heads: int | None = None,
 ) -> CLIP:
     """The model a state dict in OpenAI's layout describes, with its weights, in eval mode, on the CPU.
 
     Every size is read off the shapes. The weights keep their precision: half-precision checkpoints (OpenAI's) give a
     model of mixed dtype as openai/CLIP's, float32 ones stay float32. The caller's dict is not changed.
     image_resolution: needed only for a rectangular input, which the shapes cannot tell.
+    vision_heads, transformer_heads: needed only where heads are not 64 wide.
     Raises: RuntimeError (from load_state_dict) for missing or unexpected keys and other shapes; ValueError or KeyError
             if the sizes cannot be read.
     """
     weights = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-    model = CLIP(**architecture(weights, image_resolution), activation=activation)
+    sizes = architecture(weights, image_resolution)
+    sizes["transformer_heads"] = transformer_heads or sizes["transformer_heads"]
+    model = CLIP(**sizes, activation=activation, vision_heads=vision_heads)
     half = weights["visual.conv1.weight"].dtype
     if half in (torch.float16, torch.bfloat16):
         convert_weights(model, half)
