@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clipfast import ops
 from clipfast.inputs import check_images, normalised, pair
+from clipfast.kernels.eager import padded
 from clipfast.packing import Rows
 
 
@@ -79,7 +80,7 @@ class AttentionPool2d(nn.Module):
             )
         x = x.flatten(start_dim=2).transpose(1, 2)  # [N, HW, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
-        if x.is_meta or ops.traced():
+        if x.is_meta or ops.traced() or _rounds_strictly(x):
             return self._long_way(x)
         n, length, width = x.shape
         pooled = ops.attention_pool(
@@ -94,16 +95,27 @@ class AttentionPool2d(nn.Module):
             self.v_proj.bias,
             heads=self.num_heads,
         )
-        return ops.linear(pooled, self.c_proj.weight, self.c_proj.bias)
+        return self.c_proj(pooled)
 
     def _long_way(self, x: Tensor) -> Tensor:
-        """The same without packing, for whoever traces it: no size of the batch is fixed."""
+        """With every key and value, as openai/CLIP: for whoever traces it, and where it rounds less."""
+        steady = (lambda rows: rows) if ops.traced() else padded
+        n = x.shape[0]
         q, k, v = (
-            projection(rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, L, D]
-            for projection, rows in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
+            rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, L, D]
+            for rows in (self.q_proj(steady(x[:, 0]))[:n, None], self.k_proj(x), self.v_proj(x))
         )
-        pooled = F.scaled_dot_product_attention(q, k, v)
-        return self.c_proj(pooled.transpose(1, 2).flatten(1))
+        pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+        return self.c_proj(steady(pooled))[:n]
+
+
+def _rounds_strictly(x: Tensor) -> bool:
+    """float32 on a CPU, with PyTorch's default "highest" precision: no short cut here that rounds more.
+
+    Two cost more in rounding than they gain in time: channels-last convolutions (1.3 times faster, 1.8 times the error)
+    and the attention pool without keys and values (7 % of the work, 1.3 times the error).
+    """
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
 class ModifiedResNet(nn.Module):
@@ -147,8 +159,8 @@ class ModifiedResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1.weight)
         x = normalised(x, self.conv1.weight.dtype)
-        if x.device.type == "cpu" and not ops.traced():
-            x = x.contiguous(memory_format=torch.channels_last)  # oneDNN then skips a reorder around each convolution
+        if x.device.type == "cpu" and not (_rounds_strictly(x) or torch.is_grad_enabled() or ops.traced()):
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
         x = self.relu3(self.bn3(self.conv3(x)))

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from clipfast.packing import Rows
 
+# MKL sums a product of one to three rows in a single chain, forward and backward: four times the rounding of four rows
+ENOUGH_ROWS = 4
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """LayerNorm statistics, softmax and short sums run in at least float32."""
@@ -19,8 +22,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     wide = statistics_dtype(x.dtype)
-    if x.device.type == "cpu":
-        # one pass: the CPU kernel reads half-precision rows beside float32 weights, and computes in float32
+    if x.device.type == "cpu" and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        # one pass: the CPU kernel reads half-precision rows beside float32 weights, and computes in float32; but its
+        # backward rounds the weight's gradient to half precision
         return F.layer_norm(x, (x.shape[-1],), weight.to(wide), bias.to(wide), eps)
     return F.layer_norm(x.to(wide), (x.shape[-1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
@@ -31,8 +35,16 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     return F.gelu(x) if activation == "gelu" else x
 
 
+def padded(x: Tensor) -> Tensor:
+    """x [B, ...], with rows of zeros up to ENOUGH_ROWS on a CPU in float32."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < len(x) < ENOUGH_ROWS:
+        return x
+    return torch.cat([x, x.new_zeros(ENOUGH_ROWS - len(x), *x.shape[1:])])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
-    y = activate(F.linear(x, weight, bias), activation)
+    y = F.linear(padded(x), weight, bias)[: len(x)] if x.ndim == 2 else F.linear(x, weight, bias)
+    y = activate(y, activation)
     return y if residual is None else residual + y
 
 
@@ -81,27 +93,24 @@ def attention_pool(
     # With one query per sequence, matrix products reassociate: q.(Wk y) = (Wk^T q).y and sum p (Wv y) = Wv (sum p y),
     # so keys and values are never computed for the rows: 2 W^2 + 2 H L W a sequence where 2 L W^2 was needed.
     batch, width = query.shape
-    head_width = len(q_weight) // heads
-    q = F.linear(query, q_weight, q_bias).view(batch, heads, head_width)
-    key_maps = k_weight.view(heads, head_width, width)
-    directions = torch.bmm(q.transpose(0, 1), key_maps).transpose(0, 1)  # [B, H, W]: where each head looks
-    wide = statistics_dtype(tokens.dtype)
+    head_width, wide = len(q_weight) // heads, statistics_dtype(tokens.dtype)
+    per_head = (heads, head_width, width)
+    q = F.linear(padded(query), q_weight, q_bias).unflatten(-1, per_head[:2])
+    directions = torch.bmm(q.transpose(0, 1), k_weight.reshape(per_head)).transpose(0, 1)  # [B, H, W]: the sought
     directions = directions.to(wide) * head_width**-0.5
-    parts = []
+    mixed = []
     for first, sequence, count, length in rows.runs:
         y = tokens[first : first + count * length].view(count, length, width).to(wide)
         scores = torch.bmm(directions[sequence : sequence + count], y.transpose(1, 2))  # [count, H, L]
         if k_bias is not None and k_bias.requires_grad and torch.is_grad_enabled():
             # adds the same to every key, so the softmax drops it; kept for autograd, whose gradient is zero, not None
-            shift = (q[sequence : sequence + count] * k_bias.view(heads, head_width)).sum(-1, keepdim=True)
+            shift = (q[sequence : sequence + count] * k_bias.view(per_head[:2])).sum(-1, keepdim=True)
             scores = scores + shift.to(wide) * head_width**-0.5
-        parts.append(torch.bmm(scores.softmax(dim=-1), y))
-    mixed = (torch.cat(parts) if parts else directions).to(tokens.dtype)  # [B, H, W]
-    value_maps = v_weight.view(heads, head_width, width)
-    out = (
-        torch.bmm(mixed.transpose(0, 1), value_maps.transpose(1, 2)).transpose(0, 1).reshape(batch, heads * head_width)
-    )
-    return out if v_bias is None else out + v_bias
+        mixed.append(torch.bmm(scores.softmax(dim=-1), y))
+    context = padded(torch.cat(mixed) if mixed else directions)  # [B, H, W]
+    out = torch.bmm(context.transpose(0, 1), v_weight.to(wide).reshape(per_head).transpose(1, 2))  # [H, B, D]
+    out = out.transpose(0, 1)[:batch].flatten(1)
+    return (out if v_bias is None else out + v_bias).to(tokens.dtype)
 
 
 def patches(images: Tensor, size: int) -> Tensor:
