@@ -1,0 +1,1 @@
+"""Benchmarks of clipfast against openai/CLIP and the other peers: `python -m benchmarks.models`."""
