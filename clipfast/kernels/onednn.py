@@ -29,6 +29,8 @@ FEW_ROWS = 64
 BLOCK = 512
 QUICK = 1.702
 
+Operator = Callable[..., Tensor]
+
 
 def missing() -> str | None:
     """Why this PyTorch has no fused oneDNN products, or None if it has."""
@@ -76,42 +78,51 @@ class Product:
 _ACTIVATE = {"none": lambda y: y, "swish": lambda y: F.silu(y, inplace=True), "gelu": F.gelu}
 
 
-def _widened(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """float16 through float32: few CPUs multiply float16, and elsewhere PyTorch falls to some 10 GFLOP/s."""
+def _widened(position: int) -> Callable[[Operator], Operator]:
+    """float16 through float32: few CPUs multiply float16, and elsewhere PyTorch falls to some 10 GFLOP/s.
 
-    @functools.wraps(operator)
-    def run(*arguments: Any) -> Tensor:
-        half = [isinstance(value, Tensor) and value.dtype == torch.float16 for value in arguments]
-        if not any(half):
-            return operator(*arguments)
-        wide = (value.float() if is_half else value for value, is_half in zip(arguments, half, strict=True))
-        return operator(*wide).half()
+    position: of the argument whose dtype the result takes.
+    """
 
-    return run
+    def decorate(operator: Operator) -> Operator:
+        @functools.wraps(operator)
+        def run(*arguments: Any) -> Tensor:
+            if arguments[position].dtype != torch.float16:
+                return operator(*arguments)
+            halves = (isinstance(value, Tensor) and value.dtype == torch.float16 for value in arguments)
+            wide = (value.float() if half else value for value, half in zip(arguments, halves, strict=True))
+            return operator(*wide).half()
+
+        return run
+
+    return decorate
 
 
-def _blocks(x: Tensor, cut: bool) -> tuple[Tensor, ...]:
-    return x.split(BLOCK) if cut and len(x) > BLOCK else (x,)
+def _blocks(x: Tensor, product: Product) -> tuple[Tensor, ...]:
+    return x.split(BLOCK) if len(product.weights) > 1 and len(x) > BLOCK else (x,)
 
 
-@_widened
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@_widened(1)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
-    shape, x = (*x.shape[:-1], len(weight)), x.reshape(-1, x.shape[-1])
-    product = Product(weight, bias, len(x))
-    blocks = _blocks(x, len(product.weights) > 1)
-    if activation is None:
-        adds = [None] * len(blocks) if residual is None else _blocks(residual.reshape(-1, len(weight)), len(blocks) > 1)
-        parts = [product(block, add=add) for block, add in zip(blocks, adds, strict=True)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
-    if activation == "gelu":
-        parts = [product(block, "gelu", "none") for block in blocks]
-    else:
-        parts = [y.mul_(torch.sigmoid(QUICK * y)) for y in map(product, blocks)]
-    y = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+    rows = x.reshape(-1, x.shape[-1])
+    product = Product(weight, bias, len(rows))
+    blocks = _blocks(rows, product)
+    if residual is not None and activation is None:
+        adds = _blocks(residual.reshape(-1, len(weight)), product)
+        y = _joined([product(block, add=add) for block, add in zip(blocks, adds, strict=True)])
+        return y.view(*x.shape[:-1], len(weight))
+    post, form = ("gelu", "none") if activation == "gelu" else ("none", "")
+    y = _joined([product(block, post, form) for block in blocks]).view(*x.shape[:-1], len(weight))
+    if activation == "quick_gelu":
+        y.mul_(torch.sigmoid(QUICK * y))
     return y if residual is None else y.add_(residual)
 
 
-@_widened
+@_widened(0)
 def mlp(
     x: Tensor,
     norm_weight: Tensor,
@@ -129,12 +140,11 @@ def mlp(
     wide = eager.statistics_dtype(x.dtype)
     y = eager.layer_norm(x, norm_weight.to(wide) * factor, norm_bias.to(wide) * factor, eps).view(-1, x.shape[-1])
     fc1, fc2 = Product(fc1_weight, fc1_bias * factor, len(y)), Product(fc2_weight, fc2_bias * factor, len(y))
-    blocks = [fc2(fc1(block, post, form)) for block in _blocks(y, len(fc2.weights) > 1)]
-    out = (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(x.shape)
+    out = _joined([fc2(fc1(block, post, form)) for block in _blocks(y, fc2)]).view(x.shape)
     return torch.add(x, out, alpha=1 / factor, out=out)
 
 
-@_widened
+@_widened(1)
 def patch_embed(
     images: Tensor,
     weight: Tensor,
