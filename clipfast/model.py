@@ -348,7 +348,7 @@ class CLIP(nn.Module):
         self.context_length = context_length
         if isinstance(vision_layers, (tuple, list)):
             self.visual: ModifiedResNet | VisionTransformer = ModifiedResNet(
-                layers=tuple(vision_layers),
+                layers=(*vision_layers,),
                 output_dim=embed_dim,
                 heads=vision_heads or max(1, vision_width * 32 // 64),
                 input_resolution=image_resolution,
@@ -417,7 +417,8 @@ class CLIP(nn.Module):
         if not isinstance(image, Tensor):
             raise TypeError(f"image must be a tensor [B, 3, H, W] (preprocess makes one), got {type(image).__name__}")
         features = self.visual(image.to(self.dtype) if image.is_floating_point() else image)
-        if features.device.type == "cpu" and not features.requires_grad and not ops.traced() and features.isnan().any():
+        checkable = isinstance(features, Tensor) and features.device.type == "cpu" and not features.requires_grad
+        if checkable and not ops.traced() and features.isnan().any():
             refuse_nan_pixels(image)
         return features
 

@@ -95,18 +95,19 @@ class AttentionPool2d(nn.Module):
             self.v_proj.bias,
             heads=self.num_heads,
         )
-        return self.c_proj(pooled)
+        return ops.linear(pooled, self.c_proj.weight, self.c_proj.bias)
 
     def _long_way(self, x: Tensor) -> Tensor:
         """With every key and value, as openai/CLIP: for whoever traces it, and where it rounds less."""
         steady = (lambda rows: rows) if ops.traced() else padded
         n = x.shape[0]
-        q, k, v = (
-            rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, L, D]
-            for rows in (self.q_proj(steady(x[:, 0]))[:n, None], self.k_proj(x), self.v_proj(x))
-        )
+        # on the weights: openai/CLIP does not call these modules either, and a hook would see them
+        q = F.linear(steady(x[:, 0]), self.q_proj.weight, self.q_proj.bias)[:n, None]
+        k = F.linear(x, self.k_proj.weight, self.k_proj.bias)
+        v = F.linear(x, self.v_proj.weight, self.v_proj.bias)
+        q, k, v = (rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in (q, k, v))  # [N, heads, L, D]
         pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
-        return self.c_proj(steady(pooled))[:n]
+        return F.linear(steady(pooled), self.c_proj.weight, self.c_proj.bias)[:n]
 
 
 def _rounds_strictly(x: Tensor) -> bool:
