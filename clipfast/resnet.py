@@ -160,7 +160,7 @@ class ModifiedResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1.weight)
         x = normalised(x, self.conv1.weight.dtype)
-        if x.device.type == "cpu" and not (_rounds_strictly(x) or torch.is_grad_enabled() or ops.traced()):
+        if x.device.type == "cpu" and not (ops.traced() or torch.is_grad_enabled() or _rounds_strictly(x)):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))

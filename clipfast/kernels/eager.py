@@ -64,7 +64,7 @@ def mlp(
 
 
 def attention(qkv: Tensor, rows: Rows, causal: bool, scale: float | None) -> Tensor:
-    total, _, heads, width = qkv.shape
+    heads, width = qkv.shape[2:]
     parts = []
     for first, _, count, length in rows.runs:
         if length == 0:
@@ -74,7 +74,7 @@ def attention(qkv: Tensor, rows: Rows, causal: bool, scale: float | None) -> Ten
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale)
         parts.append(out.transpose(1, 2).reshape(count * length, heads * width))
     if not parts:
-        return qkv.new_zeros(total, heads * width)
+        return qkv[:, 0].flatten(1)  # no rows, but still in the graph
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
