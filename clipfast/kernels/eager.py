@@ -22,7 +22,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     wide = statistics_dtype(x.dtype)
-    if x.device.type == "cpu" and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+    if x.device.type == "cpu" and not wants_grad:
         # one pass: the CPU kernel reads half-precision rows beside float32 weights, and computes in float32; but its
         # backward rounds the weight's gradient to half precision
         return F.layer_norm(x, (x.shape[-1],), weight.to(wide), bias.to(wide), eps)
