@@ -20,10 +20,11 @@ from clipfast.kernels import eager
 
 # A float32 product sums at most this many terms in one chain; longer ones are cut, and the parts added. A single chain
 # over K = 2,048 rounds twice as much as MKL's product, and a text tower 1.5 times as much as openai/CLIP's. Cut at 256
-# the text tower still rounds 1.04 times as much, at 192 0.93 times (ViT-B/32, against float64).
-# torch.set_float32_matmul_precision("high") leaves the chains whole: 1.2 times faster.
+# the text tower still rounds 1.04 times as much, at 192 0.93 times (ViT-B/32, against float64). The cut copies the
+# weight: with few rows (one image, a few texts) that is most of the time, so fewer parts there.
+# torch.set_float32_matmul_precision("high") leaves the chains whole, 1.2 to 1.7 times faster.
 CHAIN = 192
-# up to this many rows (one image, a few texts) chains stay whole: the cut copies the weight, which doubles the latency
+CHAIN_OF_FEW_ROWS = 384
 FEW_ROWS = 64
 # rows that go through a cut product together: the partial sums then stay in the cache
 BLOCK = 512
@@ -49,8 +50,8 @@ class Product:
         # read as if it were not
         self.bias = None if bias is None else bias.contiguous()
         terms = weight.shape[1]
-        cut = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" and rows > FEW_ROWS
-        parts = -(-terms // CHAIN) if cut else 1
+        cut = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        parts = -(-terms // (CHAIN if rows > FEW_ROWS else CHAIN_OF_FEW_ROWS)) if cut else 1
         if parts == 1:
             self.step, self.weights = terms, [weight.contiguous()]
             return
