@@ -1,0 +1,109 @@
+"""`clipfast doctor`: what is installed, and which backend runs each operator, and why not another."""
+
+from __future__ import annotations
+
+import os
+import platform
+import textwrap
+from importlib import metadata
+
+import torch
+
+from clipfast.ops import Explanation, explain
+
+__all__ = ["report"]
+
+# (names of the distribution, what it is for); the first name is shown
+_NEEDED = (("torch",), ("numpy",), ("pillow",), ("tokenizers",), ("ftfy",), ("tqdm",))
+_OPTIONAL = (
+    (("safetensors",), "reading and writing .safetensors checkpoints"),
+    (("scikit-learn",), "clipfast demo"),
+    (("scikit-image",), "clipfast demo"),
+    (("matplotlib",), "clipfast demo"),
+    (("triton",), "GPU kernels"),
+    (("flash-attn", "flash_attn"), "attention on a GPU"),
+    (("openai-clip", "clip"), "comparing with openai/CLIP"),
+    (("open_clip_torch",), "comparing with open_clip"),
+    (("transformers",), "comparing with Hugging Face"),
+)
+_USES = (
+    ("float32", torch.float32, False),
+    ("bfloat16", torch.bfloat16, False),
+    ("float16", torch.float16, False),
+    ("training", torch.float32, True),
+)
+
+
+def report() -> str:
+    """The whole report as plain text; it names no file and no folder of this machine."""
+    parts = [_versions(), _machine()]
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parts += [_backends(device) for device in devices]
+    return "\n\n".join(parts)
+
+
+def _version(names: tuple[str, ...]) -> str | None:
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _versions() -> str:
+    from clipfast import __version__
+
+    rows = [("python", platform.python_version()), ("clipfast", __version__)]
+    rows += [(names[0], _version(names) or "NOT INSTALLED: clipfast needs it") for names in _NEEDED]
+    rows += [(names[0], _version(names) or f"not installed (needed for {purpose})") for names, purpose in _OPTIONAL]
+    return _section("Installed", rows)
+
+
+def _machine() -> str:
+    rows = [
+        ("system", f"{platform.system()} {platform.machine()}"),
+        ("CPU", torch.backends.cpu.get_cpu_capability()),
+        ("threads", f"{torch.get_num_threads()} on {os.cpu_count()} cores"),
+        ("float32", f"matrix products at precision {torch.get_float32_matmul_precision()!r}"),
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            size = f"{gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}, CUDA {torch.version.cuda}"
+            rows.append((f"GPU {index}", f"{gpu.name}, {size}"))
+    elif torch.version.cuda is None:
+        rows.append(("GPU", "none: this PyTorch is built without CUDA"))
+    else:
+        rows.append(("GPU", f"none: this PyTorch has CUDA {torch.version.cuda}, but no GPU or no driver answers"))
+    return _section("Machine", rows)
+
+
+def _backends(device: str) -> str:
+    found = {use: explain(device, dtype, grad=grad) for use, dtype, grad in _USES}
+    operators = [name for name, *_ in next(iter(found.values()))]
+    chosen = {(use, name): decision.backend for use, rows in found.items() for name, _, _, decision in rows}
+    lines = [f"Backends on {device}", f"  {'':<16}" + "".join(f"{use:<12}" for use in found)]
+    lines += [f"  {name:<16}" + "".join(f"{chosen[use, name]:<12}" for use in found) for name in operators]
+    return "\n".join([*(line.rstrip() for line in lines), "  Why not another:", *_reasons(found)])
+
+
+def _reasons(found: dict[str, Explanation]) -> list[str]:
+    """For each backend the reasons against it, each with the uses and operators that it concerns."""
+    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for use, rows in found.items():
+        for operator, _, _, decision in rows:
+            for backend, why in decision.others:
+                reasons.setdefault((backend, why), {}).setdefault(use, []).append(operator)
+    lines = []
+    for backend, why in sorted(reasons):
+        uses = reasons[backend, why]
+        operators = list(dict.fromkeys(name for names in uses.values() for name in names))
+        where = ", ".join(operators) if len(operators) < len(next(iter(found.values()))) else "all"
+        text = f"{backend}: {why} [{where}" + (f"; {', '.join(uses)}]" if len(uses) < len(found) else "]")
+        lines += textwrap.wrap(text, 112, initial_indent="    ", subsequent_indent="      ")
+    return lines
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([title, *(f"  {name:<16}{value}" for name, value in rows)])
