@@ -1,0 +1,295 @@
+"""The nine architectures beside openai-clip and transformers: the same tree, and errors no greater than the peer's.
+
+The exact results are those of clipfast.reference in float64; the rule for every tensor is that of tests/accuracy.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clipfast
+from clipfast import reference
+from clipfast.checkpoints import to_huggingface
+
+from . import peers
+from .accuracy import assert_accurate, assert_embeddings
+from .clips import (
+    PUBLISHED,
+    RESNET,
+    VIT,
+    assert_same,
+    convert,
+    exact_features,
+    make_images,
+    make_pair,
+    make_texts,
+    make_trio,
+    randomise,
+    weighted,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Case(NamedTuple):
+    config: tuple
+    peer: nn.Module
+    ours: clipfast.CLIP
+    images: Tensor
+    texts: Tensor
+    exact: tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request) -> Case:
+    """One architecture at its real size."""
+    config = PUBLISHED[request.param]
+    peer, ours = make_pair(config)
+    # a float64 convolution is slow: one image of the two greatest ResNets
+    images = make_images(config, 1 if config[3] in (96, 128) else 2)
+    texts = make_texts(config, 6)
+    return Case(config, peer, ours, images, texts, exact_features(peer.state_dict(), images, texts))
+
+
+def _tree(model: nn.Module) -> list[tuple[str, str]]:
+    return [(name, type(module).__name__) for name, module in model.named_modules()]
+
+
+def _tensors(model: nn.Module) -> list[tuple]:
+    """In order: optimisers keep their state by the order of the parameters."""
+    parameters = [(name, x.shape, x.dtype, x.requires_grad) for name, x in model.named_parameters()]
+    return parameters + [(name, x.shape, x.dtype) for name, x in model.state_dict().items()]
+
+
+def test_same_modules_parameters_and_attributes(published):
+    _, peer, ours, *_ = published
+    assert _tree(ours) == _tree(peer)
+    assert _tensors(ours) == _tensors(peer)
+    for name, tensor in peer.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    for path in ("visual.input_resolution", "visual.output_dim", "context_length", "vocab_size", "dtype"):
+        values = []
+        for value in (ours, peer):
+            for name in path.split("."):
+                value = getattr(value, name)
+            values.append(value)
+        assert values[0] == values[1], path
+    assert not ours.training and all(p.requires_grad for p in ours.parameters())
+
+
+def test_convert_weights_casts_what_openai_clip_casts(published):
+    peer, ours = copy.deepcopy(published.peer), copy.deepcopy(published.ours)
+    peers.openai_clip().model.convert_weights(peer)
+    clipfast.convert_weights(ours)
+    assert _tensors(ours) == _tensors(peer)
+    assert ours.dtype == torch.float16
+    # a half-precision checkpoint makes a model of the same mixed dtypes, and keeps every number
+    again = clipfast.build_model(peer.state_dict())
+    assert _tensors(again) == _tensors(peer)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in peer.state_dict().items())
+    clipfast.convert_weights(ours, torch.bfloat16)
+    as_bfloat16 = [torch.bfloat16 if x.dtype == torch.float16 else x.dtype for x in peer.parameters()]
+    assert [x.dtype for x in ours.parameters()] == as_bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_embeddings_and_logits(published, dtype):
+    """Without gradients, where the fastest backends run."""
+    _, peer, ours, images, texts, exact = published
+    if dtype != torch.float32:
+        peer, ours = convert(copy.deepcopy(peer), dtype), copy.deepcopy(ours)
+        clipfast.convert_weights(ours, dtype)
+    with torch.no_grad():
+        results = [[m.encode_image(images), m.encode_text(texts), *m(images, texts)] for m in (ours, peer)]
+    exact = [*exact, *reference.logits(*exact, peer.logit_scale.double())]
+    for name, a, b, c in zip(("images", "texts", "logits per image", "logits per text"), *results, exact, strict=True):
+        assert_accurate(a, b, c.detach(), what=name)
+    for name, got, wanted in zip(("images", "texts"), results[0], exact, strict=False):
+        assert_embeddings(got, wanted, dtype, what=name)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_gradients(name):
+    """Of every parameter and pixel, for random gradients of both embeddings; float32 and bfloat16.
+
+    A ResNet at 64 pixels: its convolutions are those of the real size, and float64 takes a fiftieth of the time. The
+    errors of three batches count together, as the greatest error of 32 channels alone is mostly luck.
+    """
+    config = PUBLISHED[name]
+    if name.startswith("RN"):
+        config = (config[0], 64, *config[2:])
+        images = make_images(config, 6 if config[3] < 96 else 2)
+        batches = [*images.split(2)]
+    else:
+        images = make_images(config, 1 if config[1] == 336 else 2)
+        batches = [images]
+    peer, ours = make_pair(config, smooth_at=images)
+    texts = make_texts(config, 4)
+    weights = _exact_leaves(peer)
+    towers = {
+        "encode_image": (batches, [n for n in weights if n.startswith("visual.")]),
+        "encode_text": ([texts], [n for n in weights if not n.startswith("visual.") and n != "logit_scale"]),
+    }
+    exact = {
+        tower: _gradients(functools.partial(getattr(reference, tower), weights), weights, *arguments)
+        for tower, arguments in towers.items()
+    }
+    for dtype in DTYPES.values():
+        if dtype != torch.float32:
+            convert(peer, dtype)
+            clipfast.convert_weights(ours, dtype)
+        for tower, arguments in towers.items():
+            a, b = (_gradients(getattr(m, tower), dict(m.named_parameters()), *arguments) for m in (ours, peer))
+            for key, gradient in exact[tower].items():
+                # a prime step meets every row and column; a million numbers more would show nothing more
+                step = 31 if gradient.numel() > 2**20 else 1
+                assert_accurate(*(x.flatten()[::step] for x in (a[key], b[key], gradient)), what=f"{tower}: {key}")
+
+
+def _exact_leaves(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict in float64, its parameters wanting gradients."""
+    return {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in model.state_dict(keep_vars=True).items()}
+
+
+def _gradients(encode, leaves: dict[str, Tensor], batches: list[Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The embedding of each batch, and the gradients of the pixels and of the named leaves, the batches stacked."""
+    leaves = {n: leaves[n] for n in names if n in leaves and leaves[n].requires_grad}
+    results = []
+    for seed, batch in enumerate(batches):
+        pixels = {}
+        if batch.is_floating_point():
+            batch = batch.to(next(iter(leaves.values())).dtype).requires_grad_()
+            pixels = {"pixels": batch}
+        embedding = encode(batch)
+        generator = torch.Generator().manual_seed(seed)
+        upstream = torch.randn(embedding.shape, generator=generator).bfloat16().to(embedding.dtype)
+        wanted = pixels | leaves
+        gradients = torch.autograd.grad(embedding, wanted.values(), upstream)
+        gradients = {f"gradient of {n}": x for n, x in zip(wanted, gradients, strict=True)}
+        results.append({"embedding": embedding.detach()} | gradients)
+    return {key: torch.stack([result[key] for result in results]) for key in results[0]}
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_gradients_through_the_logits(config, dtype):
+    """The loss of CLIP's training, on the whole model. Three models' errors count together: their tensors are small."""
+    collected = []
+    for seed in range(3):
+        images, texts = make_images(config, 8, seed), make_texts(config, 8, seed)
+        peer, ours = make_pair(config, seed, smooth_at=images)
+        weights = _exact_leaves(peer)
+        exact = _logit_gradients(lambda *x, weights=weights: reference.forward(weights, *x), weights, images, texts)
+        if dtype != torch.float32:
+            convert(peer, dtype)
+            clipfast.convert_weights(ours, dtype)
+        results = [_logit_gradients(m, dict(m.named_parameters()), images, texts) for m in (ours, peer)]
+        collected.append([*results, exact])
+    for name in collected[0][0]:
+        ours, peer, exact = (torch.stack([results[i][name] for results in collected]) for i in range(3))
+        assert_accurate(ours, peer, exact, what=f"gradient of {name}")
+
+
+def _logit_gradients(function, leaves: dict[str, Tensor], images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    leaves = {n: x for n, x in leaves.items() if x.requires_grad}
+    both = function(images, texts)
+    generator = torch.Generator().manual_seed(7)
+    upstream = [(torch.randn(x.shape, generator=generator) / 8).bfloat16().to(x.dtype) for x in both]
+    gradients = torch.autograd.grad(both, leaves.values(), upstream, retain_graph=True)
+    # the error of one number may be zero by chance: of logit_scale, the gradient through each row of the logits
+    rows = [
+        torch.autograd.grad(row @ gradient, leaves["logit_scale"], retain_graph=True)[0]
+        for logits, wanted in zip(both, upstream, strict=True)
+        for row, gradient in zip(logits, wanted, strict=True)
+    ]
+    return dict(zip(leaves, gradients, strict=True)) | {"logit_scale": torch.stack(rows)}
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_float64_gradients_are_exact(config, activation):
+    """Where no rounding hides a wrong term: logits and every gradient to 1e-9 of the tensor's size."""
+    peer, _ = make_pair(config)
+    ours = clipfast.build_model(peer.state_dict(), activation=activation).double()
+    weights = _exact_leaves(peer)
+    images, texts = make_images(config, 3).double(), make_texts(config, 5)
+    exact = reference.forward(weights, images, texts, activation=activation)
+    got = ours(images, texts)
+    upstream = [torch.randn_like(x) for x in exact]
+    leaves = {n: x for n, x in weights.items() if x.requires_grad}
+    exact += torch.autograd.grad(exact, leaves.values(), upstream)
+    got += torch.autograd.grad(got, ours.parameters(), upstream)
+    assert [n for n, _ in ours.named_parameters()] == list(leaves)
+    for name, a, b in zip(["per image", "per text", *leaves], got, exact, strict=True):
+        assert a.dtype == torch.float64
+        size = b.detach().abs().max().item()
+        # a key bias's gradient is zero, and both are rounding
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * max(size, 1e-3), msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_float16(config):
+    """Small: openai-clip's float16 convolutions are slow on a CPU."""
+    peer, ours = make_pair(config)
+    images, texts = make_images(config, 8), make_texts(config, 8)
+    exact = exact_features(peer.state_dict(), images, texts)
+    peers.openai_clip().model.convert_weights(peer)
+    clipfast.convert_weights(ours)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for name, wanted, x in zip(("encode_image", "encode_text"), exact, (images, texts), strict=True):
+                assert_accurate(getattr(ours, name)(x), getattr(peer, name)(x), wanted, what=name)
+
+
+def test_training_mode_of_the_resnet():
+    """Batch statistics in the forward pass, the same running ones after it, and the gradient through them."""
+    images = make_images(RESNET, 6)
+    trio = make_trio(RESNET)
+
+    def run(m):
+        tower = m.train().visual
+        x = tower(images.to(m.dtype))
+        return {"embeddings": x} | {n: b for n, b in tower.named_buffers() if b.is_floating_point()}
+
+    assert_same(trio, run)
+    assert trio[0].visual.bn1.num_batches_tracked == trio[1].visual.bn1.num_batches_tracked == 1
+    # in float64: a ReLU near its kink would make the error of a float32 gradient a matter of chance
+    ours, exact = (
+        torch.autograd.grad(weighted(m.train().visual(images.double())), [*m.visual.parameters()])
+        for m in (trio[0].double(), trio[2])
+    )
+    for name, a, b in zip((n for n, _ in trio[2].visual.named_parameters()), ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * max(b.abs().max().item(), 1e-3), msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_transformers_with_converted_weights(dtype):
+    """CLIPModel at the width of ViT-B/32 and a real grid; it pools at the EOS id, which is the greatest."""
+    transformers = peers.transformers_clip()
+    config = (512, 224, 2, 768, 32, 77, 520, 512, 8, 2)
+    ours = randomise(clipfast.CLIP(*config))
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 2}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 2}
+    peer = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**text, "vocab_size": 520, "max_position_embeddings": 77, "eos_token_id": 519},
+            vision_config={**vision, "image_size": 224, "patch_size": 32},
+            projection_dim=512,
+        )
+    ).eval()
+    peer.load_state_dict(to_huggingface(ours.state_dict()))
+    images, texts = make_images(config, 4), make_texts(config, 6)
+    exact = exact_features(ours.state_dict(), images, texts)
+    ours, peer = ours.to(dtype), peer.to(dtype)
+    with torch.no_grad():
+        theirs = [peer.get_image_features(pixel_values=images.to(dtype)), peer.get_text_features(input_ids=texts)]
+        theirs = [getattr(x, "pooler_output", x) for x in theirs]
+        got = [ours.encode_image(images), ours.encode_text(texts)]
+    for name, a, b, c in zip(("images", "texts"), got, theirs, exact, strict=True):
+        assert_accurate(a, b, c, what=name)
