@@ -11,6 +11,10 @@ import hypothesis
 import pytest
 import torch
 
+# Before Triton is imported: without a GPU its kernels run as NumPy.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 class _TorchRandom:
     """Lets hypothesis seed torch before each example, so that a failing example fails again."""
@@ -37,3 +41,20 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory from torch.empty is NaN: whoever forgets to write a part of it is seen."""
+    torch.use_deterministic_algorithms(True)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where Triton's kernels run: on the GPU, or under the interpreter on the CPU."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -17,7 +17,9 @@ from torch import Tensor
 from clipfast import ops, reference
 
 
-def _layer_norm(x, weight, bias, eps=1e-5):
+def _layer_norm(x, weight, bias, eps=1e-5, *, residual=None):
+    if residual is not None:
+        return _layer_norm(x + residual, weight, bias, eps), x + residual
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
@@ -43,7 +45,7 @@ def _attention(qkv, offsets, *, causal, scale=None):
     parts = [qkv[:0, 0].flatten(1)]
     for start, stop in pairwise(int(n) for n in offsets):
         q, k, v = qkv[start:stop].permute(1, 2, 0, 3)
-        mask = torch.full((stop - start,) * 2, float("-inf"), dtype=qkv.dtype).triu_(1) if causal else None
+        mask = qkv.new_full((stop - start,) * 2, float("-inf")).triu_(1) if causal else None
         out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
         parts.append(out.transpose(0, 1).flatten(1))
     return torch.cat(parts)
@@ -60,12 +62,24 @@ def _attention_pool(query, tokens, offsets, q_weight, q_bias, k_weight, k_bias, 
     return torch.cat(parts)
 
 
-def _patch_embed(images, weight, class_embedding, positional_embedding, *, mean=None, std=None):
+def _patch_embed(
+    images,
+    weight,
+    class_embedding,
+    positional_embedding,
+    *,
+    mean=None,
+    std=None,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+):
     if images.dtype == torch.uint8:
         images = (images.float() / 255 - mean.float()[:, None, None]) / std.float()[:, None, None]
     x = F.conv2d(images.to(weight.dtype), weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
     x = torch.cat([class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-    return x + positional_embedding.to(x.dtype)
+    x = x + positional_embedding.to(x.dtype)
+    return x if norm_weight is None else _layer_norm(x, norm_weight, norm_bias, eps)
 
 
 def _project(x, norm_weight, norm_bias, projection, eps=1e-5):
@@ -93,8 +107,14 @@ class Case(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> Case:
         """Changes every floating tensor."""
 
+        return self._each(lambda x: change(x) if x.is_floating_point() else x)
+
+    def on(self, device: str) -> Case:
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Case:
         def each(value):
-            return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+            return change(value) if isinstance(value, Tensor) else value
 
         arguments = tuple(each(value) for value in self.arguments)
         return Case(self.operator, arguments, {name: each(value) for name, value in self.options.items()})
@@ -144,11 +164,11 @@ def pool_case(lengths, width: int, heads: int, inner: int | None = None, size: f
     return Case("attention_pool", (*arguments, offsets_of(*lengths), *projections), {"heads": heads})
 
 
-def patch_case(batch: int, height: int, across: int, patch: int, width: int) -> Case:
+def patch_case(batch: int, height: int, across: int, patch: int, width: int, **options) -> Case:
     grid = (height // patch) * (across // patch)
     weight = torch.randn(width, 3, patch, patch) * (3 * patch * patch) ** -0.5
     images = torch.randn(batch, 3, height, across)
-    return Case("patch_embed", (images, weight, torch.randn(width), torch.randn(1 + grid, width)))
+    return Case("patch_embed", (images, weight, torch.randn(width), torch.randn(1 + grid, width)), options)
 
 
 def _make_cases() -> dict[str, Case]:
@@ -157,6 +177,9 @@ def _make_cases() -> dict[str, Case]:
     for rows, width in [((1,), 512), ((2, 50), 768), ((77, 3), 640), ((197,), 1024), ((50,), 192), ((3, 5, 7), 31)]:
         cases[f"layer_norm {rows} {width}"] = Case("layer_norm", (torch.randn(*rows, width), *norm(width)))
     cases["layer_norm mean 1000"] = Case("layer_norm", (torch.randn(64, 768) + 1000, *norm(768)))
+    cases["layer_norm residual"] = Case(
+        "layer_norm", (torch.randn(5, 7, 192), *norm(192)), {"residual": torch.randn(5, 7, 192)}
+    )
     cases["layer_norm eps"] = Case("layer_norm", (torch.randn(64, 192), *norm(192), 0.5))
     for rows, k, n, options in [
         ((1,), 768, 2304, {}),
@@ -206,11 +229,15 @@ def _make_cases() -> dict[str, Case]:
         cases[f"attention_pool {lengths} {width} {[*options]}"] = pool_case(lengths, width, heads, **options)
     for shape in [(2, 224, 224, 32, 192), (1, 224, 224, 16, 512), (3, 39, 35, 8, 64), (5, 15, 22, 7, 31)]:
         cases[f"patch_embed {shape}"] = patch_case(*shape)
+    for shape, eps in [((2, 56, 70, 14, 192), 1e-5), ((3, 64, 96, 32, 31), 0.3)]:
+        affine = dict(zip(("norm_weight", "norm_bias"), norm(shape[-1]), strict=True))
+        cases[f"patch_embed {shape} norm"] = patch_case(*shape, **affine, eps=eps)
     pixels = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     normalisation = {"mean": torch.rand(3), "std": 0.2 + torch.rand(3)}
-    cases["patch_embed uint8"] = Case(
-        "patch_embed", (pixels, *patch_case(3, 64, 96, 32, 128).arguments[1:]), normalisation
-    )
+    embedding = patch_case(3, 64, 96, 32, 128).arguments[1:]
+    cases["patch_embed uint8"] = Case("patch_embed", (pixels, *embedding), normalisation)
+    affine = dict(zip(("norm_weight", "norm_bias"), norm(128), strict=True))
+    cases["patch_embed uint8 norm"] = Case("patch_embed", (pixels, *embedding), normalisation | affine)
     for rows, width, embedding in [(1, 768, 512), (8, 1024, 768), (70, 512, 512), (5, 31, 17)]:
         arguments = (torch.randn(rows, width), *norm(width), weights(width, embedding)[0])
         cases[f"project {rows} {width}"] = Case("project", arguments)
@@ -228,7 +255,7 @@ def case_in(name: str, dtype: torch.dtype) -> Case:
     case = CASES[name]
     float32 = {"layer_norm": (1, 2), "mlp": (1, 2), "patch_embed": (2, 3), "project": (1, 2), "logits": (2,)}
     kept = {i: case.arguments[i] for i in float32.get(case.operator, ())}
-    options = {k: v for k, v in case.options.items() if k in ("mean", "std")}
+    options = {k: v for k, v in case.options.items() if k in ("mean", "std", "norm_weight", "norm_bias")}
     cast = case.map(lambda x: x.to(dtype))
     arguments = tuple(kept.get(i, x) for i, x in enumerate(cast.arguments))
     return Case(case.operator, arguments, cast.options | options)
@@ -236,6 +263,7 @@ def case_in(name: str, dtype: torch.dtype) -> Case:
 
 SMALL = {
     "layer_norm": Case("layer_norm", (torch.randn(3, 5), *norm(5))),
+    "layer_norm, residual": Case("layer_norm", (torch.randn(3, 5), *norm(5)), {"residual": torch.randn(3, 5)}),
     "linear": Case("linear", (torch.randn(2, 3, 5), *weights(4, 5)), {"residual": torch.randn(2, 3, 4)}),
     "linear, gelu": Case("linear", (torch.randn(3, 5), *weights(4, 5)), {"activation": "gelu"}),
     "linear, quick_gelu": Case("linear", (torch.randn(3, 5), *weights(4, 5)), {"activation": "quick_gelu"}),
@@ -245,6 +273,7 @@ SMALL = {
     "attention, causal": attention_case([3, 1, 4], 2, 3, causal=True, scale=0.7),
     "attention_pool": pool_case([3, 1, 2], 6, 2, inner=4),
     "patch_embed": patch_case(2, 5, 4, 2, 3),
+    "patch_embed, norm": patch_case(2, 5, 4, 2, 3, norm_weight=torch.randn(3), norm_bias=torch.randn(3), eps=0.1),
     "project": Case("project", (torch.randn(3, 4), *norm(4), torch.randn(4, 2))),
     "logits": Case("logits", (torch.randn(3, 4), torch.randn(2, 4), torch.tensor(0.7))),
 }

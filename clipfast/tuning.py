@@ -1,0 +1,323 @@
+"""How each kernel is launched: frozen configurations, as pure functions of shape, dtype and architecture.
+
+Nothing is tuned in a user's first call. A configuration comes from a `MEASURED` table, filled from what `make gpu` left
+in benchmarks/results/, or, for a shape or architecture that nobody measured, from the formulas below. Architectures are
+compute capabilities as one number: 80 is sm_80 (A100), 90 sm_90 (H100, H200), 120 sm_120.
+
+No table entry yet: nothing here has run on a GPU, and each formula gives the reason it was chosen by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Architectures that every kernel is compiled for, with the multiprocessors of the largest common card.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
+ARCHITECTURES = tuple(MULTIPROCESSORS)
+OLDEST = 80
+
+# bytes of shared memory that one block may use
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+_assumed = 90
+
+
+@contextlib.contextmanager
+def assume(architecture: int) -> Iterator[None]:
+    """Inside the block, tensors that are not on a CUDA device are tuned for this architecture."""
+    global _assumed
+    before, _assumed = _assumed, architecture
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability of a CUDA device as one number; of any other, the assumed one (90)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _assumed
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def known(architecture: int) -> int:
+    """The newest listed architecture that is not newer than this one: what its formulas are taken from."""
+    return max((each for each in ARCHITECTURES if each <= architecture), default=OLDEST)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; of any other, of the assumed architecture's largest common card."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return MULTIPROCESSORS[known(_assumed)]
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LayerNorm
+
+
+@dataclass(frozen=True)
+class LayerNormConfig:
+    block_rows: int
+    warps: int
+
+
+def layer_norm(n_cols: int, dtype: torch.dtype) -> LayerNormConfig:
+    """16 to 32 elements a thread: enough loads in flight to hide the memory, few enough to stay in registers."""
+    block_cols = 1 << (n_cols - 1).bit_length()
+    warps = min(16, max(1, block_cols // 512))
+    # short rows share a program, or each would be one load and one store
+    return LayerNormConfig(block_rows=max(1, 512 // block_cols), warps=warps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+    split_k: int = 1
+    persistent: bool = False
+    fast_tanh: bool = False
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes of operands in flight."""
+        return (self.block_m + self.block_n) * self.block_k * itemsize * self.stages
+
+
+FEW_ROWS = 400
+
+# (architecture, dtype, rows bucket, N, K) -> configuration, from benchmarks/results/; empty until measured on a GPU
+MEASURED_LINEAR: dict[tuple[int, torch.dtype, int, int, int], LinearConfig] = {}
+
+
+def rows_bucket(n_rows: int) -> int:
+    """The power of two at or above n_rows, from 16: what tables are indexed by."""
+    return 1 << max(4, (n_rows - 1).bit_length())
+
+
+def linear(
+    n_rows: int, n_cols: int, n_terms: int, dtype: torch.dtype, architecture: int, *, described: bool
+) -> LinearConfig:
+    """Configuration of y[n_rows, n_cols] = x[n_rows, n_terms] @ weight.T.
+
+    described: rows are 16-byte aligned, so that tensor descriptors can be made.
+    """
+    arch = known(architecture)
+    measured = MEASURED_LINEAR.get((arch, dtype, rows_bucket(n_rows), n_cols, n_terms))
+    if measured is not None and (described or not measured.persistent):
+        return measured
+    if dtype == torch.float32:
+        # no tensor cores in true float32: fused multiply-adds on a tile that fits the registers
+        return LinearConfig(64, 64, 32, warps=4, stages=3) if n_rows > 16 else LinearConfig(16, 64, 64, 4, 3)
+    if n_rows <= FEW_ROWS:
+        return _linear_of_few_rows(n_rows, n_cols, n_terms, arch)
+    if arch in (90, 100) and described:
+        # 128 x 256 has the most work per byte of operand; where it leaves a quarter of a wave idle, halve it
+        wide = _full_waves(n_rows, n_cols, 128, 256, arch) >= 0.9
+        return LinearConfig(128, 256 if wide else 128, 64, warps=8, stages=3 if wide else 4, persistent=True)
+    if SHARED_MEMORY[arch] < 100 << 10:
+        # 99 KB: three stages of 128 x 128 x 32, two blocks a multiprocessor: one stores while the other multiplies
+        return LinearConfig(128, 128, 32, warps=8, stages=3)
+    return LinearConfig(128, 128, 64, warps=8, stages=3)
+
+
+def _linear_of_few_rows(n_rows: int, n_cols: int, n_terms: int, arch: int) -> LinearConfig:
+    """Bound by reading the weight once: enough programs to ask for it from every multiprocessor."""
+    block_m = 16 if n_rows <= 16 else 32 if n_rows <= 32 else 64
+    block_n = 32 if n_rows <= 64 else 64
+    n_tiles = -(-n_rows // block_m) * -(-n_cols // block_n)
+    split = 1
+    while split < 8 and n_tiles * split * 2 <= MULTIPROCESSORS[arch] and n_terms >= 512 * split:
+        split *= 2
+    # of a 64 x 64 tile in 4 warps ptxas spills a register on sm_86, 89 and 120; in 8 warps none (compile report)
+    warps = 8 if block_n == 64 and SHARED_MEMORY[arch] < 100 << 10 else 4
+    return LinearConfig(block_m, block_n, 128 if block_m < 64 else 64, warps=warps, stages=4, split_k=split)
+
+
+def _full_waves(n_rows: int, n_cols: int, block_m: int, block_n: int, arch: int) -> float:
+    """Share of the multiprocessors' time that a persistent grid of such tiles has work for."""
+    n_tiles = -(-n_rows // block_m) * -(-n_cols // block_n)
+    waves = -(-n_tiles // MULTIPROCESSORS[arch])
+    return n_tiles / (waves * MULTIPROCESSORS[arch])
+
+
+# (operator, architecture, dtype, rows bucket, N, K, activation, residual) of products that cuBLAS wins, or not, from
+# benchmarks/results/; empty until a GPU has been measured
+MEASURED_CUBLAS: dict[tuple, bool] = {}
+
+
+def cublas_is_better(operator: str, dtype: torch.dtype, architecture: int, rows: int, shape: tuple) -> str | None:
+    """Why PyTorch's own product is preferred to the Triton kernel, or None if it is not.
+
+    rows: the bucket, 0 if unknown.   shape: `clipfast.dispatch`'s facts of the call, () if unknown.
+    """
+    if operator not in ("linear", "mlp"):
+        return None
+    if dtype == torch.float32:
+        return "cuBLAS multiplies float32 faster than Triton does (rule of thumb, not measured)"
+    if operator == "mlp" or not shape:
+        return None
+    _, n_cols, n_terms, activation, residual = shape
+    measured = MEASURED_CUBLAS.get((operator, known(architecture), dtype, rows, n_cols, n_terms, activation, residual))
+    if measured is not None:
+        return "cuBLAS measured faster at this shape" if measured else None
+    if activation is None and not residual and (rows == 0 or rows > FEW_ROWS):
+        return "cuBLAS comes first where there is nothing to fuse (rule of thumb, not measured)"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logits and patch embedding: one product each per call, and never the bottleneck
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def logits(n_images: int, n_texts: int, dtype: torch.dtype, architecture: int) -> TileConfig:
+    """64 x 64 tiles: a thousand by a thousand is 256 programs."""
+    block_m = 16 if n_images <= 16 else 64
+    return TileConfig(block_m, 64, 32 if dtype == torch.float32 else 64, warps=4, stages=3)
+
+
+def patch_embed(n_rows: int, n_cols: int, patch: int, dtype: torch.dtype, architecture: int) -> TileConfig:
+    """block_k counts pixels of whole (padded) pixel rows: two of 32, four of 16 or 14."""
+    if dtype == torch.float32:
+        return TileConfig(64, 64, 32, warps=4, stages=2)
+    return TileConfig(16 if n_rows <= 16 else 64, 64 if n_rows <= FEW_ROWS else 128, 64, warps=4, stages=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@dataclass(frozen=True)
+class AttentionTileConfig:
+    block: int
+    warps: int
+    registers: int | None = None  # a thread at most
+
+
+@dataclass(frozen=True)
+class AttentionStreamConfig:
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def attention_columns(width: int) -> int:
+    """Columns of a tile that holds a head: a power of two, and at least what a tensor core multiplies."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def attention_tile_block(
+    longest: int, n_programs: int, width: int, dtype: torch.dtype, architecture: int, *, tf32: bool
+) -> int:
+    """Rows of a tile for sequences of at most `longest` rows, n_programs = sequences x heads; 0: they do not fit one.
+
+    Beyond 128 rows the unused part of the scores outweighs the online softmax. Wide heads and float32 stop at 64, since
+    128 x 128 scores beside them are more than the registers hold; true float32 is too much from the start.
+    """
+    block = max(16, 1 << (longest - 1).bit_length())
+    small = attention_columns(width) <= 64 and dtype.itemsize == 2
+    if block > (128 if small else 64) or _true_float32(dtype, tf32):
+        return 0
+    # 64 rows of packed captions are multiplied in a seventh of the time that their bytes take: pack them, as soon as
+    # every multiprocessor has several programs without
+    return max(block, 64) if n_programs > 4 * MULTIPROCESSORS[known(architecture)] else block
+
+
+def attention_tile(block: int, architecture: int) -> AttentionTileConfig:
+    """16 rows a warp."""
+    # 128 registers let two blocks of 8 warps share a multiprocessor, one loading while one multiplies. Only sm_90 keeps
+    # its operands out of the registers well enough to do with so few
+    few = block == 128 and known(architecture) == 90
+    return AttentionTileConfig(block, warps=block // 16, registers=128 if few else None)
+
+
+def attention_stream_block(
+    longest: int, n_programs: int, width: int, dtype: torch.dtype, architecture: int, *, tf32: bool
+) -> int:
+    """Queries a program for sequences of at most `longest` rows, n_programs = sequences x heads."""
+    wide = attention_columns(width) > 64
+    if _true_float32(dtype, tf32):
+        return 32 if wide or longest <= 32 else 64
+    if wide:
+        return 64
+    # 128 queries read the keys half as often as 64 do. But 257 rows would leave a third of three such blocks idle, and
+    # one image alone would leave multiprocessors idle
+    by_128 = -(-longest // 128)
+    fills = by_128 * n_programs >= MULTIPROCESSORS[known(architecture)]
+    return 128 if fills and 2 * by_128 == -(-longest // 64) else 64
+
+
+def attention_stream(
+    block_m: int, width: int, dtype: torch.dtype, architecture: int, *, tf32: bool
+) -> AttentionStreamConfig:
+    narrow, half = attention_columns(width) <= 64, dtype.itemsize == 2
+    if _true_float32(dtype, tf32):
+        # products by fused multiply-adds hold the operands in registers: 16 keys at a time are what fits
+        return AttentionStreamConfig(block_m, 16, warps=block_m // 8 if narrow else 8, stages=2)
+    # 64 keys divide the 256 and 576 patches; wide heads and float32 take half, for registers and shared memory
+    block_n = 64 // (1 if narrow else 2) // (1 if half else 2)
+    warps = block_m // 16 if narrow or half else block_m // 8
+    return AttentionStreamConfig(block_m, block_n, warps, stages=3 if half else 2)
+
+
+def _true_float32(dtype: torch.dtype, tf32: bool) -> bool:
+    return dtype == torch.float32 and not tf32
+
+
+@dataclass(frozen=True)
+class AttentionPoolConfig:
+    block_rows: int  # rows whose scores a program computes, over block_terms columns at a time
+    block_terms: int
+    block_cols: int  # columns whose weighted sum a program computes, over block_keys rows at a time
+    block_keys: int
+    warps: int
+    stages: int
+
+
+def attention_pool(batch: int, heads: int, dtype: torch.dtype, architecture: int, *, tf32: bool) -> AttentionPoolConfig:
+    """Bound by reading the tokens; few sequences get small blocks, to ask for them from more multiprocessors."""
+    if _true_float32(dtype, tf32):
+        return AttentionPoolConfig(16, 32, 32, 16, warps=4, stages=2)
+    few = batch * 8 < MULTIPROCESSORS[known(architecture)]
+    return AttentionPoolConfig(
+        block_rows=16 if few else 32,
+        block_terms=128,
+        # many heads hold as many sums in registers: fewer columns and fewer keys at a time
+        block_cols=64 if few or heads > 16 else 128,
+        block_keys=64 if heads <= 32 else 32,
+        warps=4,
+        stages=3,
+    )

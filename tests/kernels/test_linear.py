@@ -1,0 +1,167 @@
+"""The Triton products: every kernel, epilogue and launch configuration beside PyTorch's product and the exact one."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+
+import pytest
+import torch
+
+from clipfast import reference, tuning
+from clipfast.kernels import library
+from clipfast.kernels import linear as module
+
+from ..accuracy import assert_accurate
+from ..op_cases import PEERS, weights
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPILOGUES = [
+    {},
+    {"activation": "quick_gelu"},
+    {"activation": "gelu", "residual": True},
+    {"residual": True},
+    {"bias": False, "activation": "quick_gelu"},
+]
+
+
+def operands(rows, n_cols, n_terms, dtype, device, *, activation=None, residual=False, bias=True):
+    weight, vector = weights(n_cols, n_terms)
+    tensors = (
+        torch.randn(rows, n_terms),
+        weight,
+        vector if bias else None,
+        torch.randn(rows, n_cols) if residual else None,
+    )
+    return [None if x is None else x.to(device, dtype) for x in tensors], activation
+
+
+def check(operands, activation, config=None, what=""):
+    x, weight, bias, residual = operands
+    got = module.linear_fwd(x, weight, bias, residual, activation or "none", False, config)
+    peer = PEERS["linear"](x, weight, bias, activation=activation, residual=residual)
+    wide = [None if t is None else t.double().cpu() for t in operands]
+    exact = reference.linear(*wide[:3], activation=activation, residual=wide[3])
+    assert_accurate(got, peer, exact, what=what)
+
+
+def configurations():
+    """Every configuration that the formulas give for CLIP's products, each once."""
+    found = {}
+    for arch, dtype, rows, (n, k) in product(
+        tuning.ARCHITECTURES,
+        (torch.float32, torch.bfloat16),
+        (1, 16, 17, 50, 64, 77, 400, 401, 1600, 12800, 51200),
+        ((512, 512), (1536, 512), (2048, 512), (512, 2048), (2304, 768), (3072, 768), (768, 3072), (4096, 1024)),
+    ):
+        for described in (True, False):
+            config = tuning.linear(rows, n, k, dtype, arch, described=described)
+            found.setdefault((dtype, config), None)
+    return [*found]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=lambda epilogue: "+".join(epilogue) or "none")
+@pytest.mark.parametrize("shape", [(1, 96, 64), (50, 101, 193), (77, 192, 512), (450, 136, 96)], ids=str)
+def test_against_float64(shape, dtype, epilogue, device, poisoned_memory):
+    check(*operands(*shape, dtype, device, **epilogue))
+
+
+@pytest.mark.parametrize(("dtype", "config"), configurations(), ids=str)
+def test_every_configuration(dtype, config, device, poisoned_memory):
+    """At a shape with ragged ends: one tile and a bit in each direction, three steps along K."""
+    rows, n_cols = config.block_m + 3, config.block_n + 8
+    n_terms = 3 * config.block_k - 8
+    check(*operands(rows, n_cols, n_terms, dtype, device, activation="quick_gelu", residual=True), config)
+
+
+@pytest.mark.parametrize("split", [2, 3, 8])
+@pytest.mark.parametrize("n_terms", [64, 200, 1000])
+def test_a_split_sum_is_the_whole_sum(split, n_terms, device):
+    """Also where parts are left without a term."""
+    config = tuning.LinearConfig(16, 32, 64, warps=4, stages=2, split_k=split)
+    check(*operands(5, 40, n_terms, torch.float16, device, activation="gelu", residual=True), config)
+
+
+def test_a_persistent_program_takes_more_than_one_tile(device, monkeypatch):
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 2)
+    config = tuning.LinearConfig(64, 64, 64, warps=4, stages=3, persistent=True, group_m=2)
+    check(*operands(300, 136, 72, torch.bfloat16, device, residual=True), config)
+
+
+@pytest.mark.parametrize("group_m", [1, 2, 3, 8])
+def test_every_tile_is_computed_once(group_m, device, poisoned_memory):
+    config = tuning.LinearConfig(16, 16, 32, warps=4, stages=2, group_m=group_m)
+    check(*operands(81, 50, 32, torch.float32, device, residual=True), config)
+
+
+def test_large_and_small_activations_stay_finite(device):
+    x = torch.tensor([[-1e4], [-300.0], [-60.0], [0.0], [60.0], [1e4]], device=device)
+    one = torch.ones(1, 1, device=device)
+    for activation in ("quick_gelu", "gelu"):
+        got = module.linear_fwd(x, one, None, None, activation, False)
+        exact = reference.linear(x.double().cpu(), one.double().cpu(), None, activation=activation)
+        torch.testing.assert_close(got.double().cpu(), exact, rtol=1e-5, atol=1e-30)
+
+
+def test_the_cheaper_tanh_is_the_same_function(device):
+    """`tanh.approx` has 11 bits: enough for bfloat16. The interpreter has no inline assembly."""
+    if library.interpreted():
+        pytest.skip("inline assembly needs a GPU")
+    config = dataclasses.replace(
+        tuning.linear(300, 512, 256, torch.bfloat16, tuning.architecture(torch.device(device)), described=True),
+        fast_tanh=True,
+    )
+    check(*operands(300, 512, 256, torch.bfloat16, device, activation="quick_gelu"), config)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_empty(rows, device):
+    (x, weight, bias, _), _ = operands(rows, 0 if rows else 5, 16, torch.float32, device)
+    assert module.linear(x, weight, bias, None, None).shape == (rows, 0 if rows else 5)
+
+
+def test_rows_of_a_wider_tensor_are_not_copied(device):
+    """in_proj_weight.split() and sliced activations come with a row stride of their own."""
+    wide_x, wide_w = torch.randn(9, 3, 64, device=device), torch.randn(24, 3, 64, device=device)
+    x, weight = wide_x[:, 1], wide_w[:, 2]
+    assert library.as_rows(x).data_ptr() == x.data_ptr()
+    check(
+        [x, weight, torch.randn(24, device=device), torch.randn(24, 2, 9, device=device)[:, 1].t().contiguous()], None
+    )
+
+
+def test_tf32_only_when_asked_for(device):
+    x = torch.randn(3, 8, device=device)
+    assert not module.tf32_allowed(x)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert module.tf32_allowed(x)
+        assert not module.tf32_allowed(x.half())
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_registered(device):
+    (x, weight, bias, residual), _ = operands(5, 24, 32, torch.float32, device, residual=True)
+    for added in (residual, None):
+        torch.library.opcheck(torch.ops.clipfast.linear.default, (x, weight, bias, added, "quick_gelu", False))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x, weight, bias, residual):
+        return module.linear(x, weight, bias, "gelu", residual) + 1
+
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(x, weight, bias, residual), module.linear(x, weight, bias, "gelu", residual) + 1
+        )
+
+
+def test_configurations_fit_the_shared_memory():
+    for arch in tuning.ARCHITECTURES:
+        for rows, (n, k), dtype in product((1, 50, 300, 12800), ((768, 3072), (3072, 768), (2304, 768)), DTYPES):
+            for described in (True, False):
+                config = tuning.linear(rows, n, k, dtype, arch, described=described)
+                assert config.shared_memory(dtype.itemsize) <= tuning.SHARED_MEMORY[arch], (arch, rows, n, k, config)
+                assert config.persistent <= described
