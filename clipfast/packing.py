@@ -6,26 +6,37 @@ including its end-of-text token, because under the causal mask nothing after it 
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.inputs import check_text
 
+Derived = TypeVar("Derived")
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Lengths of the sequences packed in a [T, ...] tensor, in order; T = sum(lengths)."""
+    """Lengths of the sequences packed in a [T, ...] tensor, in order; T = sum(lengths).
+
+    stable: what kernels derive from the lengths has a size that follows from T and the number of sequences alone, at
+            the price of programs with nothing to do: a CUDA graph serves every batch of one T.
+    """
 
     lengths: tuple[int, ...]
+    stable: bool = False
 
     @staticmethod
+    @functools.lru_cache(maxsize=64)
     def fixed(batch: int, length: int) -> Rows:
-        """`batch` sequences of `length` rows each."""
+        """`batch` sequences of `length` rows each; the same object each time, to keep what is derived from it."""
         return Rows((length,) * batch)
 
     @staticmethod
@@ -61,27 +72,69 @@ class Rows:
         bounds = [0, *itertools.accumulate(self.lengths)]
         return torch.tensor(bounds, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
+    @cached_property
+    def _derived(self) -> dict[tuple[Hashable, torch.device], Any]:
+        return {}
+
+    @cached_property
+    def makers(self) -> dict[Hashable, Callable[[Rows], Any]]:
+        """How each thing derived from these rows is made from other ones."""
+        return {}
+
+    def derive(self, key: Hashable, make: Callable[[Rows], Derived], device: torch.device) -> Derived:
+        """What a kernel makes of the lengths, its tensors on a device: made once and kept as long as the rows are.
+
+        Every layer asks for the same; and a CUDA graph, which reads tensors by address, keeps them by keeping its rows.
+        key:  what it is; one key, one make.
+        make: from the rows, a tensor on the CPU or a named tuple with such tensors in it.
+        """
+        found = self._derived.get((key, device))
+        if found is None:
+            self.makers[key] = make
+            with torch.inference_mode(False):  # it may outlive the caller's inference mode
+                made = make(self)
+                found = map_tensors(made, lambda tensor: tensor.to(device, non_blocking=True))
+            self._derived[key, device] = found
+        return found
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, or a named tuple with tensors in it, with each of them changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(*(change(part) if isinstance(part, Tensor) else part for part in value))
+
+
+# a batch of stable rows is filled up to a multiple of this: what the tiles of a product are multiples of
+STEP = 16
+
 
 @dataclass(frozen=True)
 class PackedText:
     """Texts sorted by length (equal lengths become neighbours), each cut after its end-of-text token.
 
-    ids, positions: [T] int64.   rows: their lengths.   last: [B] int64, row of each end-of-text token.
+    ids, positions: [T] int64.   rows: their lengths.   last: [number of sequences] int64, the last row of each.
     restore: [B] int64, puts per-text results back into the caller's order: `result[restore]`.
     """
 
     ids: Tensor
     positions: Tensor
-    rows: Rows
     last: Tensor
     restore: Tensor
+    rows: Rows
+
+    def to(self, device: torch.device) -> PackedText:
+        tensors = (self.ids, self.positions, self.last, self.restore)
+        ids, positions, last, restore = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return PackedText(ids, positions, last, restore, self.rows)
 
 
-def pack_text(text: Tensor, context_length: int, vocab_size: int) -> PackedText:
+def pack_text(text: Tensor, context_length: int, vocab_size: int, *, stable: bool = False) -> PackedText:
     """Drops what follows each end-of-text token (the largest id, as in openai/CLIP) and packs the rest.
 
     text:    [B, <= context_length] integer ids, any device; one copy to the host if it is not there already.
-    Returns: PackedText on text's device.
+    stable:  appends one sequence, of no text, that fills T up to a multiple of STEP; `restore` leaves it out.
+    Returns: PackedText on the CPU.
     Raises:  TypeError or ValueError naming the argument; ValueError for an id outside the vocabulary.
     """
     check_text(text, context_length)
@@ -95,12 +148,49 @@ def pack_text(text: Tensor, context_length: int, vocab_size: int) -> PackedText:
     lengths, order = torch.sort(ids.argmax(dim=-1) + 1, stable=True)
     places = torch.arange(width, device="cpu")  # whatever the default device
     kept = places < lengths[:, None]
-    positions = places.expand(batch, width)[kept]
+    positions, ids = places.expand(batch, width)[kept], ids[order][kept]
     restore = torch.empty_like(order).scatter_(0, order, torch.arange(batch, device="cpu"))
-    return PackedText(
-        ids=ids[order][kept].to(text.device, non_blocking=True),
-        positions=positions.to(text.device, non_blocking=True),
-        rows=Rows(tuple(lengths.tolist())),
-        last=(lengths.cumsum(0) - 1).to(text.device, non_blocking=True),
-        restore=restore.to(text.device, non_blocking=True),
-    )
+    if stable:
+        filling = STEP - len(ids) % STEP
+        ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
+        lengths = F.pad(lengths, (0, 1), value=filling)
+    return PackedText(ids, positions, lengths.cumsum(0) - 1, restore, Rows(tuple(lengths.tolist()), stable))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans: which rows each program of an attention kernel works on
+
+
+def tiles(lengths: Sequence[int], block: int) -> Tensor:
+    """Ranges [start, end) of at most `block` rows, each as many whole neighbouring sequences as fit.
+
+    lengths: none above block.
+    Returns: [n, 2] int32 on the CPU; the ranges follow one another and cover all rows.
+    """
+    starts: list[int] = []
+    for first, _, count, length in Rows(tuple(lengths)).runs:
+        if length:
+            room = starts[-1] + block - first if starts else 0
+            joined = min(count, room // length)
+            end = first + count * length
+            starts.extend(range(first + joined * length, end, block // length * length))
+    bounds = torch.tensor([*starts, sum(lengths)], dtype=torch.int32, device="cpu")
+    return torch.stack([bounds[:-1], bounds[1:]], dim=1)
+
+
+def spans(lengths: Sequence[int]) -> Tensor:
+    """[T, 2] int32 on the CPU: for each row, the first row of its sequence and the row after the last."""
+    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    ends = counts.cumsum(0)
+    return torch.repeat_interleave(torch.stack([ends - counts, ends], dim=1).int(), counts, dim=0)
+
+
+def query_blocks(lengths: Sequence[int], block: int) -> Tensor:
+    """[n, 3] int32 on the CPU: (first query row, first row, end) of each block of queries and of its sequence."""
+    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    ends = counts.cumsum(0)
+    n_blocks = (counts + block - 1) // block
+    sequence = torch.repeat_interleave(n_blocks)
+    within = torch.arange(len(sequence), device="cpu") - (n_blocks.cumsum(0) - n_blocks)[sequence]
+    starts = (ends - counts)[sequence]
+    return torch.stack([starts + within * block, starts, ends[sequence]], dim=1).int()
