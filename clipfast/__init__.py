@@ -2,8 +2,8 @@
 
 from clipfast import clip, model, simple_tokenizer
 from clipfast.checkpoints import CheckpointError, available_models, load, save
+from clipfast.dispatch import backend, explain
 from clipfast.model import CLIP, build_model, convert_weights
-from clipfast.ops import backend, explain
 from clipfast.preprocess import Preprocess
 from clipfast.tokenizer import SimpleTokenizer, tokenize
 

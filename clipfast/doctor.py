@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from clipfast.ops import Explanation, explain
+from clipfast.dispatch import Explanation, explain
 
 __all__ = ["report"]
 

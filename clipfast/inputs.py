@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,15 @@ def refuse_nan_pixels(images: Tensor) -> None:
 
 
 def mean_std(images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """CLIP's pixel mean and std [3] (float64) for uint8 images, (None, None) for those normalised already."""
-    if images.dtype != torch.uint8:
-        return None, None
-    return torch.tensor(MEAN, dtype=torch.float64, device="cpu"), torch.tensor(STD, dtype=torch.float64, device="cpu")
+    """CLIP's pixel mean and std [3], float64 on the images' device, for uint8 images; else (None, None)."""
+    return _mean_std(images.device) if images.dtype == torch.uint8 else (None, None)
+
+
+@functools.cache
+def _mean_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (MEAN, STD))
+        return mean.to(device), std.to(device)
 
 
 def normalised(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from clipfast import ops
+from clipfast import dispatch, graphs, ops
 from clipfast.inputs import check_images, check_same_device, check_text, mean_std, normalised, pair, refuse_nan_pixels
-from clipfast.packing import Rows, pack_text
+from clipfast.packing import PackedText, Rows, pack_text
 from clipfast.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 
 __all__ = [
@@ -56,7 +56,7 @@ def _as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _looked_at() -> bool:
     """True while every module call or every operator is watched: global hooks, tracing, torch.func, dispatch modes."""
-    return ops.traced() or nn.modules.module._has_any_global_hook()
+    return dispatch.traced() or nn.modules.module._has_any_global_hook()
 
 
 @functools.cache
@@ -277,10 +277,18 @@ class VisionTransformer(nn.Module):
             return self._long_way(x)
         mean, std = mean_std(x)
         x = ops.patch_embed(
-            x, self.conv1.weight, self.class_embedding, self.positional_embedding, mean=mean, std=std
+            x,
+            self.conv1.weight,
+            self.class_embedding,
+            self.positional_embedding,
+            mean=mean,
+            std=std,
+            norm_weight=self.ln_pre.weight,
+            norm_bias=self.ln_pre.bias,
+            eps=self.ln_pre.eps,
         )  # [N, 1 + grid ** 2, width]
         batch, length, width = x.shape
-        x = ops.layer_norm(x.view(batch * length, width), self.ln_pre.weight, self.ln_pre.bias, self.ln_pre.eps)
+        x = x.view(batch * length, width)
         index = torch.arange(0, batch * length, length, device=x.device)
         x = self.transformer.pooled(x, Rows.fixed(batch, length), index, causal=False)
         if self.proj is None:
@@ -325,6 +333,9 @@ class CLIP(nn.Module):
     activation: of both towers' MLPs, "quick_gelu" (OpenAI's) or "gelu".   vision_heads: default vision width // 64.
     Raises: ValueError where sizes do not divide.
     """
+
+    # on a GPU, without gradients, small batches are replayed as CUDA graphs (clipfast.graphs), unless this is False
+    cuda_graphs: bool = True
 
     def __init__(
         self,
@@ -416,11 +427,17 @@ class CLIP(nn.Module):
         """
         if not isinstance(image, Tensor):
             raise TypeError(f"image must be a tensor [B, 3, H, W] (preprocess makes one), got {type(image).__name__}")
-        features = self.visual(image.to(self.dtype) if image.is_floating_point() else image)
+        image = image.to(self.dtype) if image.is_floating_point() else image
+        if self.cuda_graphs and graphs.suit(self, image) and self._visual_as_made():
+            return graphs.encode_image(self, image)
+        features = self.visual(image)
         checkable = isinstance(features, Tensor) and features.device.type == "cpu" and not features.requires_grad
-        if checkable and not ops.traced() and features.isnan().any():
+        if checkable and not dispatch.traced() and features.isnan().any():
             refuse_nan_pixels(image)
         return features
+
+    def _visual_as_made(self) -> bool:
+        return _as_made(self.visual, VisionTransformer) and self.visual._short_way()
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Token ids [B, <= context_length] from tokenize -> [B, E], not normalised.
@@ -431,7 +448,14 @@ class CLIP(nn.Module):
         check_same_device("text", text, self.token_embedding.weight)
         if not self._short_way():
             return self._encode_text_long_way(text)
-        packed = pack_text(text, self.context_length, self.vocab_size)
+        stable = graphs.suit(self, text)
+        packed = pack_text(text, self.context_length, self.vocab_size, stable=stable)
+        if stable and self.cuda_graphs:
+            return graphs.encode_text(self, packed)
+        return self.encode_packed(packed.to(text.device))
+
+    def encode_packed(self, packed: PackedText) -> Tensor:
+        """Packed token ids on the model's device -> [B, E], in the order of the texts."""
         x = F.embedding(packed.ids, self.token_embedding.weight).to(self.dtype)
         x = x + F.embedding(packed.positions, self.positional_embedding).to(self.dtype)
         x = self.transformer.pooled(x, packed.rows, packed.last, causal=True)
@@ -464,8 +488,8 @@ class CLIP(nn.Module):
 _FORWARD = {
     kind: kind.forward
     for kind in (
-        LayerNorm, QuickGELU, ResidualAttentionBlock, Transformer, nn.Conv2d, nn.Embedding, nn.GELU, nn.Linear,
-        nn.MultiheadAttention, nn.Sequential, NonDynamicallyQuantizableLinear,
+        LayerNorm, QuickGELU, ResidualAttentionBlock, Transformer, VisionTransformer, nn.Conv2d, nn.Embedding,
+        nn.GELU, nn.Linear, nn.MultiheadAttention, nn.Sequential, NonDynamicallyQuantizableLinear,
     )
 }  # fmt: skip
 _BLOCK_ATTENTION = ResidualAttentionBlock.attention

@@ -26,14 +26,18 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer normalisation over the last dimension.
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer normalisation over the last dimension; with a residual, of the sum, which is returned too.
 
-    x:       [..., W], floating.
+    x:       [..., W], floating.   residual: [..., W] or None.
     weight, bias: [W], of any floating dtype (float32 beside float16 in openai/CLIP).
     Returns: [..., W], dtype of x.
     Source:  Ba et al. 2016, Layer Normalization.
     """
+    if residual is not None:
+        return layer_norm(x + residual, weight, bias, eps), x + residual
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred * centred).mean(-1, keepdim=True)
     return (centred / torch.sqrt(variance + eps) * weight + bias).to(x.dtype)
@@ -163,13 +167,16 @@ def patch_embed(
     *,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """A linear map of every patch, behind a class token, plus positions.
+    """A linear map of every patch, behind a class token, plus positions; then a LayerNorm, if given its weights.
 
     images:  [B, C, H, W], floating and normalised; or uint8, which becomes (images / 255 - mean) / std.
     weight:  [W, C, P, P], a convolution of stride P. Pixels past the last whole patch are not read.
     class_embedding: [W];  positional_embedding: [1 + G, W], G = (H // P) * (W // P).
-    mean, std: [C], read for uint8 images only.
+    mean, std: [C], read for uint8 images only.   norm_weight, norm_bias: [W], CLIP's ln_pre, or None.
     Returns: [B, 1 + G, W], dtype of weight.
     Raises:  ValueError if mean or std is missing for uint8 images, or if the positions do not fit the images.
     Source:  Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, equation 1.
@@ -184,7 +191,8 @@ def patch_embed(
     x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, P, P]
     x = x.reshape(batch, rows * columns, channels * patch * patch) @ weight.flatten(1).t()  # [B, G, W]
     first = class_embedding.to(x.dtype).expand(batch, 1, -1)
-    return torch.cat([first, x], dim=1) + positional_embedding.to(x.dtype)
+    x = torch.cat([first, x], dim=1) + positional_embedding.to(x.dtype)
+    return x if norm_weight is None else layer_norm(x, norm_weight, norm_bias, eps)
 
 
 def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float = 1e-5) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast import ops
+from clipfast import dispatch, ops
 from clipfast.inputs import check_images, normalised, pair
 from clipfast.kernels.eager import padded
 from clipfast.packing import Rows
@@ -80,7 +80,7 @@ class AttentionPool2d(nn.Module):
             )
         x = x.flatten(start_dim=2).transpose(1, 2)  # [N, HW, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
-        if x.is_meta or ops.traced() or _rounds_strictly(x):
+        if x.is_meta or dispatch.traced() or _rounds_strictly(x):
             return self._long_way(x)
         n, length, width = x.shape
         pooled = ops.attention_pool(
@@ -99,7 +99,7 @@ class AttentionPool2d(nn.Module):
 
     def _long_way(self, x: Tensor) -> Tensor:
         """With every key and value, as openai/CLIP: for whoever traces it, and where it rounds less."""
-        steady = (lambda rows: rows) if ops.traced() else padded
+        steady = (lambda rows: rows) if dispatch.traced() else padded
         n = x.shape[0]
         # on the weights: openai/CLIP does not call these modules either, and a hook would see them
         q = F.linear(steady(x[:, 0]), self.q_proj.weight, self.q_proj.bias)[:n, None]
@@ -160,7 +160,7 @@ class ModifiedResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1.weight)
         x = normalised(x, self.conv1.weight.dtype)
-        if x.device.type == "cpu" and not (ops.traced() or torch.is_grad_enabled() or _rounds_strictly(x)):
+        if x.device.type == "cpu" and not (dispatch.traced() or torch.is_grad_enabled() or _rounds_strictly(x)):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))

@@ -7,15 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
-from clipfast import ops
+from clipfast import dispatch, ops, tuning
 
 from .clips import VIT, make_images, make_pair, make_texts
 
-ALL = ("onednn", "torch", "reference")
+ALL = ("cuda", "triton", "onednn", "torch", "reference")
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
 
 needs_onednn = pytest.mark.skipif(
-    ops._onednn_refuses(ops.Call("cpu", torch.float32, False, False, False, True)) is not None,
+    dispatch._onednn_refuses("linear", dispatch.Call("cpu", torch.float32)) is not None,
     reason="oneDNN does not run here",
 )
 
@@ -23,7 +23,7 @@ needs_onednn = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def no_decisions(monkeypatch):
     """explain() tells what ran since the process started: for each test, since the test did."""
-    monkeypatch.setattr(ops, "_decisions", {})
+    monkeypatch.setattr(dispatch, "_decisions", {})
 
 
 def _linear(dtype=torch.float32, **options):
@@ -44,11 +44,11 @@ def _reason(backend: str, operator: str = "linear") -> str:
 
 
 def test_an_unknown_backend():
-    with pytest.raises(ValueError, match=r"unknown backend 'nope'; there are onednn, torch, reference"):
+    with pytest.raises(ValueError, match=r"unknown backend 'nope'; there are cuda, triton, onednn, torch, reference"):
         with clipfast.backend("nope"):
             pass
-    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
-        clipfast.backend("cuda").__enter__()
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        clipfast.backend("gpu").__enter__()
 
 
 @needs_onednn
@@ -77,7 +77,7 @@ def test_a_decision_follows_the_context(context, reason):
     with torch.no_grad():
         _linear(**weight_wants_grad)
         with context():
-            ops._decisions.clear()
+            dispatch._decisions.clear()
             _linear(**weight_wants_grad)
             assert _ran() == {"linear": "torch"}
             assert reason in _reason("onednn")
@@ -86,7 +86,7 @@ def test_a_decision_follows_the_context(context, reason):
                 pytest.raises(RuntimeError, match=f"'onednn' cannot run linear: .*{reason}"),
             ):
                 _linear(**weight_wants_grad)
-        ops._decisions.clear()
+        dispatch._decisions.clear()
         _linear(**weight_wants_grad)
         assert _ran() == {"linear": "onednn"}
 
@@ -103,7 +103,7 @@ def test_any_argument_may_want_the_gradient():
     residual = torch.randn(3, 8, requires_grad=True)
     torch.autograd.grad(ops.linear(x, weight, bias, residual=residual).sum(), residual)
     assert _ran() == {"linear": "torch"}
-    ops._decisions.clear()
+    dispatch._decisions.clear()
     ops.linear(x, weight, bias)  # gradients on, and nobody wants one
     assert _ran() == {"linear": "onednn"}
 
@@ -145,7 +145,7 @@ def test_forced_under_gradients_a_model_says_why_not():
 
 def test_blocks_nest_and_end_with_an_error():
     def forced():
-        return ops._forced.get()
+        return dispatch._forced.get()
 
     with clipfast.backend("reference"):
         with clipfast.backend("torch"):
@@ -189,11 +189,133 @@ def test_explain_of_a_device_that_is_not_here(device):
     assert [row[0] for row in rows] == list(OPERATORS)
     for name, call, _, decision in rows:
         assert call.device == torch.device(device).type
-        assert decision.backend == "torch"
-        if name in ops._ONEDNN:
+        assert decision.backend in (("cuda", "triton") if call.device == "cuda" else ("torch",))
+        if name in dispatch._ONEDNN:
             assert f"runs on a CPU, not on {call.device}" in dict(decision.others)["onednn"]
     assert "float16" in str(rows)
-    assert ops._decisions == {}, "a question is no decision"
+    assert dispatch._decisions == {}, "a question is no decision"
+
+
+def _decide(operator="linear", forced=None, **facts):
+    call = dispatch.Call(**{"device": "cuda", "dtype": torch.bfloat16, "architecture": 90} | facts)
+    decision = dispatch.decide(operator, forced, call)
+    return decision.backend, dict(decision.others).get("triton")
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"grad": True}, "a gradient is wanted"),
+        ({"traced": True}, "not traceable"),
+        ({"autocast": True}, "autocast is on"),
+        ({"dtype": torch.float64}, "no float64 kernels"),
+        ({"architecture": 75}, "needs sm_80 or later, and this GPU is sm_75"),
+        ({"device": "mps"}, "runs on a GPU, not on mps"),
+        ({"operator": "attention", "shape": (72,)}, "heads are 72 wide"),
+        ({"operator": "attention", "shape": (144,)}, "heads are 144 wide"),
+        ({"shape": (False, 768, 768, None, True)}, "operands differ in dtype"),
+        ({"operator": "mlp", "shape": (False, 3072, 768)}, "operands differ in dtype"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_triton_kernels_refuse(facts, reason):
+    """By a rule that explain() shows; forced, it raises with the reason."""
+    backend, why = _decide(**facts)
+    assert backend == "torch" and reason in why
+    with pytest.raises(RuntimeError, match=f"'triton' cannot run .*{reason}"):
+        _decide(forced="triton", **facts)
+
+
+def test_a_gpu_without_triton(monkeypatch):
+    monkeypatch.setattr(dispatch.library, "triton_missing", lambda: "triton is not installed")
+    assert _decide() == ("torch", "triton is not installed")
+    with pytest.raises(RuntimeError, match="'triton' cannot run linear: triton is not installed"):
+        _decide(forced="triton")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 103, 120])
+def test_on_a_gpu_the_kernels_run(name, architecture, monkeypatch):
+    monkeypatch.setattr(dispatch.native, "missing", lambda: "not built")
+    assert _decide(name, architecture=architecture) == ("triton", None)
+
+
+def test_the_cuda_library_comes_first_where_it_is_built(monkeypatch):
+    monkeypatch.setattr(dispatch.native, "missing", lambda: None)
+    assert _decide("patch_embed") == ("cuda", "cuda comes first")
+    assert _decide("linear") == ("triton", None)
+    assert _decide("linear", forced="cuda")[0] == "torch", "which has what it has not"
+    for facts in ({"grad": True}, {"architecture": 75}, {"dtype": torch.float64}):
+        assert _decide("patch_embed", **facts)[0] == "torch"
+
+
+def test_a_library_that_is_missing_names_itself_and_the_fix(monkeypatch):
+    monkeypatch.setattr(dispatch.native, "missing", lambda: "libclipfast.so is not built: pip install ...")
+    assert _decide("patch_embed")[0] == "triton"
+    with pytest.raises(RuntimeError, match="'cuda' cannot run patch_embed: libclipfast.so is not built: pip install"):
+        _decide("patch_embed", forced="cuda")
+
+
+def test_cublas_where_there_is_nothing_to_fuse():
+    def ran(activation, residual, rows, **facts):
+        return _decide(shape=(True, 768, 768, activation, residual), rows=rows, **facts)[0]
+
+    assert ran(None, False, 4096) == "torch"
+    assert ran(None, False, 64) == "triton", "few rows: bound by reading the weight, and one launch"
+    assert ran(None, True, 4096) == ran("quick_gelu", False, 4096) == "triton"
+    assert ran("quick_gelu", True, 4096, dtype=torch.float32) == "torch"
+    assert ran(None, False, 4096, forced="triton") == "triton", "a preference, not a refusal"
+
+
+def test_a_measured_winner_overrides_the_rule(monkeypatch):
+    facts = {"shape": (True, 768, 768, None, False), "rows": 4096}
+    key = ("linear", 90, torch.bfloat16, 4096, 768, 768, None, False)
+    monkeypatch.setitem(tuning.MEASURED_CUBLAS, key, False)
+    assert _decide(**facts)[0] == "triton"
+    monkeypatch.setitem(tuning.MEASURED_CUBLAS, key, True)
+    assert _decide(**facts) == ("torch", "cuBLAS measured faster at this shape")
+
+
+def test_the_interpreter_runs_only_when_forced(device):
+    if device != "cpu":
+        pytest.skip("on a GPU the kernels themselves run")
+    x, weight = torch.randn(3, 16), torch.randn(5, 16)
+    with torch.no_grad():
+        ops.linear(x, weight)
+        assert "triton" not in _ran().values() and _reason("triton") == "its interpreter runs only when forced"
+        with clipfast.backend("triton"):
+            forced = ops.linear(x, weight)
+    assert [row[3].backend for row in clipfast.explain() if row[2]] == ["triton"]
+    torch.testing.assert_close(forced, ops.linear(x, weight))
+
+
+def test_a_compiled_graph_holds_the_kernels(device, monkeypatch):
+    """As registered operators, in one graph; with gradients it holds PyTorch's."""
+    if device == "cpu":  # the interpreter in the place of a GPU
+        monkeypatch.setattr(dispatch, "_compiled_on", _compiled_as_on_a_gpu)
+        monkeypatch.setattr(dispatch, "_gpu_refuses", lambda call: None)
+        monkeypatch.setattr(dispatch, "_triton_yields", lambda operator, call: None)
+    x, weight, bias = torch.randn(6, 64), torch.rand(64), torch.randn(64)
+    x, weight, bias = (t.to(device) for t in (x, weight, bias))
+    seen = []
+
+    def keep(graph, inputs):
+        seen.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: ops.layer_norm(x, weight, bias) + 1, fullgraph=True, backend=keep)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), ops.layer_norm(x, weight, bias) + 1)
+    assert any("clipfast.layer_norm" in name for name in seen[0]), seen
+    compiled(x.requires_grad_()).sum().backward()
+    assert not any("clipfast" in name for name in seen[1]), seen
+    torch._dynamo.reset()
+
+
+@torch.compiler.assume_constant_result
+def _compiled_as_on_a_gpu(operator, device, dtype, grad, autocast, facts):
+    return dispatch.decide(operator, None, dispatch.Call("cuda", dtype, grad, False, autocast, architecture=90)).backend
 
 
 @needs_onednn
@@ -201,7 +323,7 @@ def test_explain_of_this_cpu_with_and_without_gradients():
     def backends(**options):
         return {name: decision.backend for name, _, _, decision in clipfast.explain("cpu", **options)}
 
-    assert {name for name, backend in backends().items() if backend == "onednn"} == set(ops._ONEDNN)
+    assert {name for name, backend in backends().items() if backend == "onednn"} == set(dispatch._ONEDNN)
     assert set(backends(grad=True).values()) == {"torch"}
     assert set(backends(dtype=torch.float64).values()) == {"torch"}
     with torch.backends.mkldnn.flags(enabled=False):

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipfast import ops, reference
+from clipfast import reference
 from clipfast.checkpoints import to_huggingface
 from clipfast.demo.digits import largest_gap
+from clipfast.dispatch import backend, explain
 from clipfast.model import CLIP, architecture, build_model, convert_weights
 from clipfast.preprocess import Preprocess
 from clipfast.timing import interleaved, medians
@@ -164,7 +165,7 @@ def contestants(
 
 def _on_torch(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def call(inputs: Tensor) -> Tensor:
-        with ops.backend("torch"):
+        with backend("torch"):
             return encode(inputs)
 
     return call
@@ -232,7 +233,7 @@ def dtypes(device: torch.device) -> Iterator[torch.dtype]:
     yield torch.float32
     if device.type != "cpu":
         yield torch.float16
-    elif any(decision.backend != "torch" for *_, decision in ops.explain("cpu", torch.bfloat16)):
+    elif any(decision.backend != "torch" for *_, decision in explain("cpu", torch.bfloat16)):
         yield torch.bfloat16
 
 

@@ -5,6 +5,8 @@ Arguments are those of the public functions in `clipfast.ops`, already checked t
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,16 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+@overload
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def layer_norm(x, weight, bias, eps, residual=None):
+    if residual is not None:
+        x = x + residual
+        return layer_norm(x, weight, bias, eps), x
     wide = statistics_dtype(x.dtype)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
     if x.device.type == "cpu" and not wants_grad:
@@ -137,11 +148,15 @@ def patch_embed(
     positional_embedding: Tensor,
     mean: Tensor | None,
     std: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     pixels = to_weight_dtype(images, weight, mean, std)
     embedded = F.linear(patches(pixels, weight.shape[-1]), weight.flatten(1))
     first = class_embedding.to(embedded.dtype).expand(len(images), 1, -1)
-    return torch.cat([first, embedded], dim=1) + positional_embedding.to(embedded.dtype)
+    tokens = torch.cat([first, embedded], dim=1) + positional_embedding.to(embedded.dtype)
+    return tokens if norm_weight is None else layer_norm(tokens, norm_weight, norm_bias, eps)
 
 
 def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float) -> Tensor:

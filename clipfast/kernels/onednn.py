@@ -153,6 +153,9 @@ def patch_embed(
     positional_embedding: Tensor,
     mean: Tensor | None,
     std: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     width, size = weight.shape[0], weight.shape[-1]
     pixels = eager.to_weight_dtype(images, weight, mean, std)
@@ -162,7 +165,7 @@ def patch_embed(
     positional_embedding = positional_embedding.to(y.dtype)
     tokens[:, 0] = class_embedding.to(y.dtype) + positional_embedding[0]
     torch.add(y, positional_embedding[1:], out=tokens[:, 1:])
-    return tokens
+    return tokens if norm_weight is None else eager.layer_norm(tokens, norm_weight, norm_bias, eps)
 
 
 def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,226 @@
+"""CUDA graphs for small batches: a tower's hundred launches recorded once and replayed as one.
+
+A small batch takes a GPU less time than a CPU needs to launch its kernels. So encode_image and encode_text of at most
+MAX_BATCH samples, without gradients, record their launches the first time they see a shape and replay them from then
+on: the same kernels in the same order, hence the same numbers. `model.cuda_graphs = False` turns it off.
+
+A graph reads its inputs, the model's weights and the plans of its attention by address. Inputs and plans are copied to
+where it reads them; weights edited in place are seen; weights moved elsewhere (`.to`, `.data = `) discard the graphs.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipfast import dispatch
+from clipfast.packing import PackedText, Rows, map_tensors
+
+if TYPE_CHECKING:
+    from clipfast.model import CLIP
+
+MAX_BATCH = 32
+# of one model, over all its graphs; past either, all are discarded and recording starts anew
+MAX_GRAPHS = 64
+MAX_BYTES = 1 << 30
+
+
+class Recording(NamedTuple):
+    replay: Callable[[], Any]
+    output: Tensor
+    n_bytes: int  # of device memory that it holds
+
+
+def record(function: Callable[[], Tensor], device: torch.device, pool: Any) -> Recording:
+    """Runs function twice, which compiles and loads what it launches, then captures its launches."""
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    current.wait_stream(side)
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(device)
+    # thread_local: what other threads do on the GPU meanwhile is no error
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        output = function()
+    return Recording(graph.replay, output, torch.cuda.memory_reserved(device) - before)
+
+
+class Entry(NamedTuple):
+    recording: Recording
+    inputs: tuple[Tensor, ...]  # what the graph reads
+    rows: Rows | None  # keeps the plans that it reads
+
+
+class Graphs:
+    """The recordings of one model."""
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self.makers: dict[Hashable, dict[Hashable, Callable[[Rows], Any]]] = {}
+        self.addresses: list[int] = []
+        self.lock = threading.Lock()
+        self.discard()
+
+    def discard(self) -> None:
+        self.entries.clear()
+        self.makers.clear()
+        self.n_bytes = 0
+        self.pool: Any = None
+        self.replayed: Any = None  # the event after the last replay
+
+    def follow(self, model: nn.Module) -> None:
+        """Discards the recordings if a parameter or buffer is no longer where they read it."""
+        addresses: list[int] = []
+        _collect_addresses(model, addresses)
+        if addresses != self.addresses:
+            self.discard()
+            self.addresses = addresses
+
+    def add(
+        self, key: Hashable, function: Callable[[], Tensor], inputs: tuple[Tensor, ...], rows: Rows | None
+    ) -> Entry:
+        if len(self.entries) >= MAX_GRAPHS or self.n_bytes >= MAX_BYTES:
+            self.discard()
+        device = inputs[0].device
+        if self.pool is None and device.type == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()
+        entry = self.entries[key] = Entry(record(function, device, self.pool), inputs, rows)
+        self.n_bytes += entry.recording.n_bytes
+        return entry
+
+    def replay(self, entry: Entry) -> Tensor:
+        """A copy of the output, since the next replay overwrites it."""
+        device = entry.inputs[0].device
+        entry.recording.replay()
+        output = entry.recording.output.clone()
+        if device.type == "cuda":
+            self.replayed = torch.cuda.current_stream(device).record_event()
+        return output
+
+    def wait(self, device: torch.device) -> None:
+        """All graphs share memory, so a replay on another stream waits for the one before."""
+        if self.replayed is not None:
+            torch.cuda.current_stream(device).wait_event(self.replayed)
+
+
+def _collect_addresses(module: nn.Module, into: list[int]) -> None:
+    # three times as fast as module.parameters(), and it runs on every call
+    for tensors in (module._parameters, module._buffers):
+        into += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
+    for child in module._modules.values():
+        if child is not None:
+            _collect_addresses(child, into)
+
+
+_models: weakref.WeakKeyDictionary[nn.Module, Graphs] = weakref.WeakKeyDictionary()
+
+
+def _graphs_of(model: nn.Module) -> Graphs:
+    found = _models.get(model)
+    if found is None:
+        found = _models[model] = Graphs()
+    return found
+
+
+def suit(model: CLIP, x: Tensor) -> bool:
+    """Whether calls like this may be replayed; their rows are then made stable, replayed or not."""
+    if not isinstance(x, Tensor) or x.device.type != "cuda" or not 0 < len(x) <= MAX_BATCH:
+        return False
+    if torch.is_grad_enabled() or dispatch.traced():
+        return False
+    if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
+        return False
+    # PyTorch's own attention runs sequence by sequence: its launches depend on the lengths
+    return dispatch.runs_on("triton", ("attention", "attention_pool"), x.device, model.dtype)
+
+
+def _setting(device: torch.device) -> Hashable:
+    """What outside the arguments decides which kernels run."""
+    allowed = torch.backends.cuda.matmul
+    return (
+        device,
+        dispatch.forced(),
+        allowed.allow_tf32,
+        allowed.allow_fp16_reduced_precision_reduction,
+        allowed.allow_bf16_reduced_precision_reduction,
+    )
+
+
+def encode_image(model: CLIP, images: Tensor) -> Tensor:
+    """model.visual(images), replayed.
+
+    images: [B, 3, H, W] on the model's device.   Returns: [B, E].
+    """
+    graphs = _graphs_of(model)
+    with graphs.lock:
+        graphs.follow(model)
+        graphs.wait(images.device)
+        key = ("image", images.shape, images.dtype, _setting(images.device))
+        entry = graphs.entries.get(key)
+        if entry is None:
+            static = images.clone(memory_format=torch.contiguous_format)
+            rows = Rows.fixed(len(images), len(model.visual.positional_embedding))
+            entry = graphs.add(key, lambda: model.visual(static), (static,), rows)
+        else:
+            entry.inputs[0].copy_(images)
+        return graphs.replay(entry)
+
+
+def encode_text(model: CLIP, packed: PackedText) -> Tensor:
+    """model.encode_packed(packed), replayed.
+
+    packed: on the CPU, its rows stable.   Returns: [B, E].
+    """
+    device = model.positional_embedding.device
+    graphs = _graphs_of(model)
+    tensors = (packed.ids, packed.positions, packed.last, packed.restore)
+    shape = ("text", len(packed.ids), len(packed.restore), _setting(device))
+    with graphs.lock:
+        graphs.follow(model)
+        graphs.wait(device)
+        makers = graphs.makers.get(shape)
+        if makers is not None:
+            plans = [make(packed.rows) for make in makers.values()]
+            entry = graphs.entries.get((shape, _constants(plans)))
+            if entry is not None:
+                for static, fresh in zip(entry.inputs, (*tensors, *_tensors(plans)), strict=True):
+                    static.copy_(fresh, non_blocking=True)
+                return graphs.replay(entry)
+        entry = _add_text(graphs, model, packed, shape, device)
+        return graphs.replay(entry)
+
+
+def _add_text(graphs: Graphs, model: CLIP, packed: PackedText, shape: Hashable, device: torch.device) -> Entry:
+    static = packed.to(device)
+    if static.ids is packed.ids:  # already there
+        ids, positions, last, restore = (x.clone() for x in (packed.ids, packed.positions, packed.last, packed.restore))
+        static = PackedText(ids, positions, last, restore, packed.rows)
+    model.encode_packed(static)  # the kernels derive their plans from the rows
+    makers = dict(packed.rows.makers)
+    plans = [packed.rows.derive(key, make, device) for key, make in makers.items()]
+    inputs = (static.ids, static.positions, static.last, static.restore, *_tensors(plans))
+    entry = graphs.add((shape, _constants(plans)), lambda: model.encode_packed(static), inputs, packed.rows)
+    graphs.makers[shape] = makers
+    return entry
+
+
+def _tensors(plans: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for plan in plans:
+        map_tensors(plan, found.append)
+    return found
+
+
+def _constants(plans: Sequence[Any]) -> Hashable:
+    """What a plan holds besides the numbers in its tensors is part of the launches."""
+    parts = (plan if isinstance(plan, tuple) else (plan,) for plan in plans)
+    return tuple(tuple(x.shape if isinstance(x, Tensor) else x for x in each) for each in parts)

@@ -1,0 +1,218 @@
+"""CUDA graphs: which calls are replayed, from which recording, and that the numbers are the same.
+
+Without a GPU a recording is the function itself, run again on the very tensors it was recorded with: all but CUDA's part.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+
+import clipfast
+from clipfast import graphs
+from clipfast.packing import pack_text
+
+from .clips import make_images, randomise
+
+# heads of 16, so that the kernels run them; two blocks, the second one pooled
+SIZES = (16, 16, 2, 32, 8, 12, 60, 32, 2, 2)
+VOCABULARY = 60
+
+
+def _make(device):
+    return randomise(clipfast.CLIP(*SIZES, vision_heads=2)).to(device).requires_grad_(False)
+
+
+def _rerun(function, device, pool):
+    output = function()
+    return graphs.Recording(lambda: output.copy_(function()), output, 1)
+
+
+def _texts(*lengths: int) -> torch.Tensor:
+    text = torch.zeros(len(lengths), 12, dtype=torch.int64)
+    for row, length in zip(text, lengths, strict=True):
+        row[:length] = torch.randint(1, VOCABULARY - 1, (length,))
+        row[length - 1] = VOCABULARY - 1
+    return text
+
+
+@pytest.fixture
+def model(device, monkeypatch):
+    """A small CLIP whose small batches are replayed; on a CPU as far as that goes, and there on PyTorch's operators."""
+    if device == "cpu":
+        monkeypatch.setattr(graphs, "record", _rerun)
+        monkeypatch.setattr(
+            graphs, "suit", lambda model, x: not torch.is_grad_enabled() and 0 < len(x) <= graphs.MAX_BATCH
+        )
+    with clipfast.backend("torch" if device == "cpu" else "triton"), torch.no_grad():
+        yield _make(device)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What has been recorded so far: the kind and the shape of each."""
+    kinds, add = [], graphs.Graphs.add
+
+    def noting(self, key, *rest):
+        kinds.append(key[0] if isinstance(key[0], str) else key[0][0])
+        return add(self, key, *rest)
+
+    monkeypatch.setattr(graphs.Graphs, "add", noting)
+    return kinds
+
+
+def _without(model, function):
+    model.cuda_graphs = False
+    try:
+        return function()
+    finally:
+        del model.cuda_graphs
+
+
+def test_the_same_bits_with_and_without(model, device, recorded):
+    for seed in range(3):
+        images = make_images(SIZES, 2, seed).to(device)
+        assert torch.equal(model.encode_image(images), _without(model, lambda x=images: model.encode_image(x)))
+    with clipfast.backend("triton"):  # whose launches do not depend on the lengths
+        for lengths in ((3, 9, 2), (5, 5, 5), (12, 1, 1), (1, 2, 1)):
+            text = _texts(*lengths).to(device)
+            assert torch.equal(model.encode_text(text), _without(model, lambda x=text: model.encode_text(x)))
+    assert recorded == ["image", "text"], "one recording serves every batch of its shape"
+
+
+def test_another_shape_is_another_recording(model, device, recorded):
+    for batch in (1, 2, 1, 2):
+        model.encode_image(make_images(SIZES, batch).to(device))
+        model.encode_text(_texts(*[12] * batch).to(device))
+    assert sorted(recorded) == ["image"] * 2 + ["text"] * 2
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, device=device)
+    assert torch.equal(model.encode_image(pixels), _without(model, lambda: model.encode_image(pixels)))
+    assert recorded.count("image") == 3
+
+
+def test_a_result_outlives_the_next_replay(model, device):
+    first, second = (make_images(SIZES, 1, seed).to(device) for seed in range(2))
+    before = model.encode_image(first)
+    kept = before.clone()
+    model.encode_image(second)
+    assert torch.equal(before, kept)
+
+
+def test_weights_edited_in_place_are_seen(model, device, recorded):
+    images, text = make_images(SIZES, 1).to(device), _texts(4).to(device)
+    before = model.encode_image(images), model.encode_text(text)
+    model.visual.proj.mul_(2)
+    model.text_projection.data.mul_(2)
+    torch.testing.assert_close(model.encode_image(images), 2 * before[0])
+    torch.testing.assert_close(model.encode_text(text), 2 * before[1])
+    assert recorded == ["image", "text"]
+
+
+@pytest.mark.parametrize("where", ["visual.proj", "transformer.resblocks.1.mlp.c_fc.weight", "token_embedding.weight"])
+def test_weights_that_move_discard_the_recordings(model, device, recorded, where):
+    images, text = make_images(SIZES, 1).to(device), _texts(4).to(device)
+    model.encode_image(images), model.encode_text(text)
+    owner, _, name = where.rpartition(".")
+    parameter = getattr(model.get_submodule(owner), name)
+    parameter.data = torch.randn_like(parameter)
+    for encode, given in ((model.encode_image, images), (model.encode_text, text)):
+        assert torch.equal(encode(given), _without(model, lambda e=encode, x=given: e(x)))
+    assert recorded == ["image", "text"] * 2
+
+
+def test_a_hook_is_called_every_time(model, device, recorded):
+    images, text = make_images(SIZES, 1).to(device), _texts(4).to(device)
+    model.encode_image(images), model.encode_text(text)
+    calls = []
+    for module in (model.visual, model.visual.transformer.resblocks[1], model.transformer.resblocks[0]):
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        for _ in range(2):
+            model.encode_image(images), model.encode_text(text)
+        handle.remove()
+        assert len(calls) == 2
+        calls.clear()
+    assert recorded == ["image", "text"]
+
+
+def test_large_batches_and_gradients_are_not_replayed(model, device, recorded):
+    model.encode_image(make_images(SIZES, graphs.MAX_BATCH + 1).to(device))
+    model.encode_text(_texts(*[2] * (graphs.MAX_BATCH + 1)).to(device))
+    model.encode_image(make_images(SIZES, 1)[:0].to(device))
+    model.encode_text(_texts(3)[:0].to(device))
+    with torch.enable_grad():
+        model.encode_image(make_images(SIZES, 1).to(device))
+    model.cuda_graphs = False
+    model.encode_image(make_images(SIZES, 1).to(device))
+    assert recorded == []
+
+
+@pytest.mark.parametrize("limit", ["MAX_GRAPHS", "MAX_BYTES"])
+def test_memory_has_a_cap(model, device, monkeypatch, limit):
+    monkeypatch.setattr(graphs, limit, 2)
+    if device != "cpu":
+        monkeypatch.setattr(graphs, "record", lambda *a, _record=graphs.record: _record(*a)._replace(n_bytes=1))
+    for batch in range(1, 6):
+        images = make_images(SIZES, batch).to(device)
+        assert torch.equal(model.encode_image(images), _without(model, lambda x=images: model.encode_image(x)))
+        assert len(graphs._models[model].entries) <= 2
+
+
+def test_another_setting_is_another_recording(model, device, recorded):
+    images = make_images(SIZES, 1).to(device)
+    model.encode_image(images)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        model.encode_image(images)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    model.encode_image(images)
+    assert len(recorded) == 2
+
+
+def test_recordings_do_not_keep_a_model_nor_travel_with_it(model, device, monkeypatch):
+    model.encode_image(make_images(SIZES, 1).to(device))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other not in graphs._models
+    if device == "cpu":  # CUDA's recordings do not hold the function
+        monkeypatch.setattr(graphs, "record", lambda function, *_: graphs.Recording(lambda: None, function(), 1))
+    short = _make(device)
+    short.encode_text(_texts(3).to(device))
+    short.encode_image(make_images(SIZES, 1).to(device))
+    gone = weakref.ref(short)
+    del short
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_refused_input_leaves_no_recording(model, device):
+    with pytest.raises(ValueError, match="give 1 x 1 patches"):
+        model.encode_image(torch.zeros(1, 3, 8, 8, device=device))
+    assert not graphs._models[model].entries
+    images = make_images(SIZES, 1).to(device)
+    assert torch.equal(model.encode_image(images), _without(model, lambda: model.encode_image(images)))
+
+
+def test_what_suits(device):
+    model = _make(device)
+    with torch.no_grad():
+        assert graphs.suit(model, torch.zeros(1, 3, 16, 16, device=device)) is (device != "cpu")
+        with clipfast.backend("torch"):
+            assert not graphs.suit(model, torch.zeros(1, 3, 16, 16, device=device))
+
+
+@pytest.mark.parametrize("lengths", [(3,), (12, 1, 5), (8, 8), (4, 12)])
+def test_stable_rows_are_filled_up(lengths):
+    text = _texts(*lengths)
+    plain, filled = pack_text(text, 12, VOCABULARY), pack_text(text, 12, VOCABULARY, stable=True)
+    total = sum(lengths)
+    assert filled.rows.total == len(filled.ids) == len(filled.positions) and filled.rows.total % 16 == 0
+    assert total < filled.rows.total <= total + 16, "there is always a filling, so the number of sequences is one more"
+    assert filled.rows.lengths[:-1] == plain.rows.lengths and filled.rows.stable
+    assert torch.equal(filled.ids[:total], plain.ids) and torch.equal(filled.positions[:total], plain.positions)
+    assert torch.equal(filled.last[:-1], plain.last) and torch.equal(filled.restore, plain.restore)
