@@ -1,7 +1,8 @@
 """Registration of kernels with torch.library, and what every Triton launcher needs to know of its machine.
 
 An operator registered here is seen whole by torch.compile, torch.export and the profiler: its schema, a fake kernel
-that gives shapes without running, and one implementation for CUDA tensors and, under Triton's interpreter, for CPU tensors.
+that gives shapes without running, and one implementation for CUDA tensors and, for Triton's interpreter and the native
+library's host twin, CPU tensors.
 """
 
 from __future__ import annotations
