@@ -17,7 +17,7 @@ TEST  := $(VENV)/.stamp-test
 peer = $(INSTALL) $(1) || { \
 	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,8 +37,18 @@ lint: $(TEST) ## ruff and mypy
 bench: $(TEST) ## time whole models against openai/CLIP and the other peers
 	$(PY) -m benchmarks.models
 
+# No environment of its own: a machine with a GPU may have no network, and brings torch and Triton. What it lacks can be
+# carried as pure-Python wheels in a folder.   make gpu OUT=/elsewhere WHEELS=folder GPU_ARGS="--only towers"
+WHEELS ?= .whl
+SITE   := build/site
+gpu: ## on a machine with a GPU: build csrc, check every kernel, time everything, in nine minutes
+	@if ls $(WHEELS)/*.whl >/dev/null 2>&1; then $(PYTHON) -m pip install --quiet --disable-pip-version-check \
+		--no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl; fi
+	PYTHONUNBUFFERED=1 PYTHONPATH=.:$(SITE) $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
+
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f clipfast/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: with it in place, no other package's wish for "torch" can bring a second, larger one.

@@ -1,0 +1,394 @@
+"""`make gpu` without a GPU: every stage is wired up, time is kept, what is wrong is reported and never timed."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import floors, workload
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import contestants, correctness, operators, problems, report, run, stages, timing, towers, tune
+from benchmarks.gpu.budget import Budget
+from benchmarks.gpu.contestants import EAGER, OPENAI, OURS, Contestant
+from benchmarks.gpu.jobs import Job
+from clipfast import dispatch, reference, tuning
+
+from .test_benchmarks import TINY
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def new_run(folder, *, clock=None, dry=True, minutes=9) -> run.Run:
+    options = command.parse(["--out", str(folder), "--minutes", str(minutes), *["--dry-run"] * dry])
+    budget = Budget(60 * minutes, clock) if clock else Budget(60 * minutes)
+    made = run.Run(options, budget, CPU)
+    made.open()
+    return made
+
+
+def rows_of(folder) -> list[dict[str, str]]:
+    (path,) = folder.glob("*.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# ---- the command ----
+
+
+def test_a_dry_run_goes_through_every_stage_and_operator(tmp_path):
+    before = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--dry-run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(run.DRY) and "stage failed" not in done.stdout
+    for stage in stages.STAGES:
+        assert f"] {stage}: " in done.stdout, stage
+    for operator in dispatch.OPERATORS:
+        assert f"operators: operator {operator}: ok" in done.stdout, operator
+    assert "tiny image" in done.stdout and "tiny text" in done.stdout
+    assert "GB/s" not in done.stdout and "TFLOP" not in done.stdout
+    assert done.stdout.strip().endswith("no correctness failure")
+    assert {path.name for path in (ROOT / "benchmarks" / "results").iterdir()} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert command.main([]) == 2
+    text = capsys.readouterr().err
+    assert "no GPU" in text and torch.__version__ in text and "--dry-run" in text
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["--only", "tower"], "tower"), (["--minutes", "0"], "above 0")])
+def test_bad_options_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_stages_of_the_command_are_those_that_run():
+    assert tuple(stages.STAGES) == ("environment", *command.STAGES)
+    assert [stage.name for stage in stages.chosen("towers")] == ["environment", "build", "ceilings", "towers"]
+    assert stages.chosen("towers")[-1].seconds == float("inf")
+
+
+# ---- time ----
+
+
+def test_a_part_ends_with_the_whole():
+    clock = Clock()
+    whole = Budget(10, clock)
+    part = whole.part(8)
+    clock.now += 5
+    assert (whole.left(), part.left(), part.spent()) == (5, 3, 5)
+    late = whole.part(8)
+    assert late.left() == 5 and late.allows(5) and not late.allows(6)
+    clock.now += 9
+    assert whole.left() == late.left() == 0
+
+
+def test_stages_keep_to_their_time_and_survive_each_other(tmp_path, capsys):
+    clock, seen = Clock(), []
+
+    def spend(seconds):
+        def stage(made, budget):
+            seen.append((made.stage, budget.left()))
+            clock.now += seconds
+
+        return stage
+
+    def breaks(made, budget):
+        seen.append((made.stage, budget.left()))
+        raise RuntimeError("no such kernel in /some/where/private")
+
+    made = new_run(tmp_path, clock=clock, minutes=1)
+    plan = [("first", 20, spend(5)), ("breaks", 20, breaks), ("slow", 50, spend(60)), ("late", 20, spend(1))]
+    run.run_stages(made, [run.Stage(*each) for each in plan])
+    assert seen == [("first", 20), ("breaks", 20), ("slow", 50)]
+    assert made.notes == [
+        "breaks: stage failed: RuntimeError: no such kernel in <path>",
+        "late: not run: out of time",
+    ]
+
+
+def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
+    clock = Clock()
+    made = new_run(tmp_path, clock=clock)
+
+    def slow(*arguments):
+        clock.now += 30
+        return {OURS: {"status": "ok"}}
+
+    monkeypatch.setattr(operators, "measure", slow)
+    made.stage = "operators"
+    operators.stage(made, made.budget.part(100))
+    assert made.notes[0].startswith("operators: out of time before layer_norm"), made.notes
+
+
+def test_rounds_stop_when_time_is_up_but_one_always_runs():
+    prepared = {name: timing.Prepared(lambda: None, 1, "cpu") for name in "ab"}
+    seconds, failed = timing.time_interleaved(prepared, 9, CPU, lambda: 0.0)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 1, "b": 1} and not failed
+
+
+def test_a_program_that_takes_too_long_is_ended(tmp_path):
+    job = Job(
+        "sleeper",
+        [sys.executable, "-c", "print('3 passed', flush=True); import time; time.sleep(60)"],
+        tmp_path / "log",
+    )
+    for _ in range(100):
+        if job.text():
+            break
+        torch.randn(10**6).sum()
+    status, text = job.wait(0.2)
+    assert status is None and text == "cut off, out of time; 3 passed" and job.process.poll() is not None
+
+
+def test_inputs_outgrow_the_cache():
+    cache = 50 << 20
+    assert timing.input_sets(10 << 20, cache) * (10 << 20) >= 3 * cache
+    assert timing.input_sets(1 << 30, cache) == 1 and timing.input_sets(1, cache) == timing.MOST_SETS
+    for sets in (1, 5, 24):
+        for floor in (1e-7, 1e-5, 1e-2):
+            calls = timing.n_calls(sets, floor)
+            assert calls % sets == 0 and sets <= calls <= max(sets, timing.MOST_CALLS)
+
+
+# ---- wrong is not timed ----
+
+
+def linear_problem():
+    return problems.linear("tiny", 8, 32, 16, 8, problems.Maker(CPU, torch.float32), "quick_gelu", True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y + 0.01,
+        lambda y: y.roll(1, 0),
+        lambda y: torch.where(torch.arange(len(y))[:, None] == 5, torch.nan, y),
+        lambda y: y[:-1],
+    ],
+    ids=["shifted", "rolled", "nan", "short"],
+)
+def test_a_wrong_operator_is_reported_and_not_timed(change, tmp_path, capsys):
+    calls = []
+
+    def prepare(case):
+        def call():
+            calls.append(1)
+            return change(case.peer()[0])
+
+        return call
+
+    made = new_run(tmp_path)
+    people = [Contestant(OURS, prepare), Contestant(EAGER, contestants._eager)]
+    rows = operators.measure(made, linear_problem(), people, made.budget)
+    assert rows[OURS]["status"] == "WRONG" and rows[OURS]["note"] and "median_s" not in rows[OURS]
+    assert len(calls) == 1  # the check
+    assert rows[EAGER]["status"] == "ok" and "median_s" in rows[EAGER]
+    assert len(made.failures) == 1
+    written = {row["contestant"]: row for row in rows_of(tmp_path)}
+    assert written[OURS]["median_s"] == "" and written[EAGER]["median_s"] != ""
+    report.print_report(made)
+    assert "1 correctness failures" in capsys.readouterr().out
+
+
+def test_an_operator_that_failed_its_checks_is_not_timed(tmp_path):
+    made = new_run(tmp_path)
+    made.fail("linear: a tile is wrong", "linear", "float32")
+    rows = operators.measure(made, linear_problem(), contestants.of("linear"), made.budget)
+    assert rows[OURS]["status"] == "WRONG" and "a tile is wrong" in rows[OURS]["note"] and "median_s" not in rows[OURS]
+    assert rows[EAGER]["status"] == "ok" and rows["product alone"]["status"] == "part"
+
+
+def test_a_wrong_sample_far_inside_a_large_result_is_seen():
+    case = problems.layer_norm("", 4000, 16, 1, problems.Maker(CPU, torch.float32)).make()
+    right = case.peer()[0]
+    chosen = problems.sample(case).rows
+    missed = next(i for i in range(4000) if i not in chosen)
+    wrong = right.clone()
+    wrong[missed, 3] += 0.5
+    problems.check(right, case, right)
+    problems.check(wrong, case)  # the samples alone do not see it
+    with pytest.raises(AssertionError, match="a row is"):
+        problems.check(wrong, case, right)
+
+
+@pytest.mark.parametrize("operator", dispatch.OPERATORS)
+def test_samples_are_the_rows_they_stand_for(operator):
+    problem = next(p for p in operators.plan(CPU, dry=True) if p.operator == operator)
+    case = problem.make()
+    few = problems.sample(case)
+    torch.testing.assert_close(problems.flat(case.exact()[0])[few.rows], problems.flat(few.case.exact()[0]))
+
+
+def test_failed_checks_exclude_their_operator(tmp_path):
+    def breaks():
+        raise AssertionError("row 3 is wrong")
+
+    clock, found = Clock(), []
+    checks = [correctness.Check("a", "linear", torch.float16, breaks), correctness.Check("b", "mlp", CPU, lambda: None)]
+    text = correctness.run_checks(iter(checks), Budget(10, clock), CPU, lambda *what: found.append(what))
+    assert text == "2 run, 1 wrong" and found == [("row 3 is wrong", "linear", "float16")]
+    made = new_run(tmp_path)
+    line = "\\t".join([correctness._MARK, "linear", "float16", "row 3 is wrong"])
+    job = Job("checks", [sys.executable, "-c", f"print('{line}'); raise SystemExit(3)"], tmp_path / "log")
+    correctness.collect(made, job, Budget(60))
+    assert made.wrong == {("linear", "float16"): "row 3 is wrong"} and made.failures == ["row 3 is wrong"]
+    dead = Job("checks", [sys.executable, "-c", "raise RuntimeError"], tmp_path / "log")
+    correctness.collect(made, dead, Budget(60))
+    assert len(made.failures) == 2
+
+
+def test_a_wrong_tower_is_reported_and_not_timed(tmp_path):
+    made, rows = new_run(tmp_path), {}
+    group = towers.Group("tiny", "image", 3, torch.float32)
+    exact = torch.randn(3, 8, dtype=torch.float64)
+    calls = {OURS: lambda: exact.float().roll(1, 0), OPENAI: lambda: exact.float(), "nan": lambda: exact * torch.nan}
+    assert [*towers.check(made, group, calls, exact, rows)] == [OPENAI]
+    assert rows[OURS]["status"] == rows["nan"]["status"] == "WRONG" and len(made.failures) == 1
+
+
+# ---- what is checked and tuned ----
+
+
+def test_every_configuration_of_tuning_is_checked():
+    for dtype in (torch.bfloat16, torch.float32):
+        known = problems.linear_configurations(dtype, 90)
+        for rows in (1, 20, 50, 77, 300, 1600, 12800, 65792):
+            for n_cols, n_terms, *_ in problems.products(768):
+                for described in (True, False):
+                    assert tuning.linear(rows, n_cols, n_terms, dtype, 90, described=described) in known
+    assert any(config.fast_tanh for config in problems.linear_configurations(torch.bfloat16, 90))
+    names = [check.name for check in correctness.checks(CPU)]
+    assert len(set(names)) > 500
+    for word in ("persistent=True", "split_k=8", "fast_tanh=True", "causal", "uint8", "P=14", "tf32", "CUDA graphs"):
+        assert any(word in name for name in names), word
+
+
+def test_candidates_fit_and_lines_can_be_pasted():
+    for architecture in tuning.ARCHITECTURES:
+        for rows in (1, 50, 12800):
+            found = tune.candidates(rows, torch.bfloat16, architecture)
+            assert found and all(c.shared_memory(2) <= tuning.SHARED_MEMORY[architecture] for c in found)
+    config = tune.candidates(12800, torch.bfloat16, 90)[0]
+    linear, cublas = tune.paste(90, 12800, (3072, 768, "quick_gelu", False), config, 1e-4, 2e-4)
+    space = {"torch": torch, "LinearConfig": tuning.LinearConfig}
+    assert eval(f"{{\n{linear}\n}}", space) == {(90, torch.bfloat16, 16384, 3072, 768): config}
+    key = ("linear", 90, torch.bfloat16, 16384, 3072, 768, "quick_gelu", False)
+    assert eval(f"{{\n{cublas}\n}}", space) == {key: False}
+
+
+def test_tuning_is_changed_inside_only():
+    before = tuning.layer_norm(768, torch.float16)
+    with tune.changed(("layer_norm", "no_such_function"), {"warps": 16, "stages": 3}):
+        assert tuning.layer_norm(768, torch.float16).warps == 16
+    assert tuning.layer_norm(768, torch.float16) == before
+
+
+# ---- tables ----
+
+
+def tower_row(contestant, median, **more):
+    row = {"stage": "towers", "operator": "encode_image", "model": "ViT-B/32", "batch": 256, "dtype": "bfloat16"}
+    return {**row, "contestant": contestant, "status": "ok", "median_s": median, **more}
+
+
+def test_the_table_compares_with_the_best_that_is_right():
+    rows = [
+        tower_row(OURS, 0.002, of_floor=0.5),
+        tower_row(OPENAI, 0.006),
+        tower_row("broken", 0.0001, status="WRONG"),
+        tower_row("product alone", 0.0001, status="part"),
+        tower_row("transformers", 0.004),
+        tower_row("clipfast, torch backend", 0.001),
+    ]
+    (line,) = report.table(report._groups(rows, towers=True), 1e3)
+    assert line == ("encode_image ViT-B/32 b256 bfloat16", "transformers", "2", "4", "2.00", "50%")
+
+
+def test_aims_are_measured_or_said_not_to_be():
+    aim = report.AIMS[0]
+    rows = [tower_row(OURS, 0.002), tower_row("openai-clip torch.compile", 0.003)]
+    assert report.aim_line(aim, rows, None)[2:] == ("-", "not measured")
+    assert report.aim_line(aim, [*rows, tower_row(OPENAI, 0.006)], None)[2:] == ("3.00x", "reached")
+    assert report.aim_line(aim, [*rows, tower_row(OPENAI, 0.004)], None)[2:] == ("2.00x", "MISSED")
+    assert report.aim_line(report.AIMS[1], rows, None)[2:] == ("1.50x", "reached")
+    assert report.aim_line(report.AIMS[-1], rows, 3e12)[2:] == ("-", "not measured")
+    attention = tower_row(OURS, 1e-4, operator="attention", shape="256x8 heads L=77 causal", gb_per_s=2400.0)
+    assert report.aim_line(report.AIMS[-1], [attention], 3e12)[2:] == ("80%", "MISSED")
+
+
+def test_rows_are_written_as_they_come_and_nothing_is_overwritten(tmp_path):
+    made = new_run(tmp_path)
+    made.stage = "ceilings"
+    made.add({"operator": "ceiling copy", "status": "ok", "gb_per_s": 1.5})
+    (row,) = rows_of(tmp_path)  # not closed, and already there
+    assert row["gb_per_s"] == "1.5" and row["stage"] == "ceilings" and set(row) == set(run.COLUMNS)
+    first = next(tmp_path.glob("*.csv"))
+    assert run.free_name(tmp_path, first.stem).name == f"{first.stem}-2.csv"
+    assert run.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+
+
+# ---- floors ----
+
+
+@pytest.mark.parametrize("tower", workload.TOWERS)
+def test_floors_count_what_pytorch_counts(tower):
+    weights = workload.random_weights(TINY)
+    data = workload.inputs(TINY, 3, workload.Captions(8, 24))
+    with FlopCounterMode(display=False) as counter:
+        getattr(reference, f"encode_{tower}")(weights, data[tower])
+    if tower == "image":
+        works = floors.image_tower(TINY, 3, 2, dense=True)
+    else:
+        works = floors.text_tower(TINY, [9, 16, 24], 2, dense=True)
+    assert floors.total(works).flops == counter.get_total_flops() == 3 * workload.flops(TINY, tower)
+
+
+def test_floors_of_less_work_are_lower():
+    sizes = workload.ARCHITECTURES["ViT-B/32"]
+    rates = (8e14, 3e12)
+    short, whole = ([16] * 256, [77] * 256)
+    times = [floors.seconds(floors.text_tower(sizes, lengths, 2), *rates) for lengths in (short, whole)]
+    assert 4 < times[1] / times[0] < 6
+    dense, pooled = (floors.total(floors.image_tower(sizes, 256, 2, dense=d)) for d in (True, False))
+    assert 0.91 < pooled.flops / dense.flops < 0.95
+    assert floors.total(floors.image_tower(sizes, 256, 2, pixel_size=1)).bytes < pooled.bytes
+
+
+def test_floors_of_the_operators():
+    assert floors.linear(10, 3, 4, 2, residual=True) == [floors.Work(240, 2 * (40 + 12 + 3 + 60))]
+    assert floors.layer_norm(10, 4, 2) == [floors.Work(0, 2 * 80 + 16)]
+    assert floors.layer_norm(10, 4, 2, residual=True) == [floors.Work(0, 4 * 80 + 16)]
+    assert floors.attention([3, 2], 64, 2, causal=False) == [floors.Work(4 * 13 * 64, 4 * 5 * 64 * 2)]
+    assert floors.attention([3, 2], 64, 2, causal=True)[0].flops == 4 * (6 + 3) * 64
+    assert floors.seconds([floors.Work(100, 10), floors.Work(10, 100)], 10, 10) == 20
+    assert floors.logits(3, 5, 4, 2) == [floors.Work(120, 2 * (32 + 15))]
+    assert floors.patch_embed(2, 4, 2, 8, 1, 2)[0].flops == 2 * 2 * 4 * 12 * 8
