@@ -1,6 +1,7 @@
 """CUDA graphs: which calls are replayed, from which recording, and that the numbers are the same.
 
-Without a GPU a recording is the function itself, run again on the very tensors it was recorded with: all but CUDA's part.
+Without a GPU a recording is the function itself, run again on the very tensors it was recorded with: all but CUDA's
+part.
 """
 
 from __future__ import annotations

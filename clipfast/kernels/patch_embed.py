@@ -87,8 +87,10 @@ def patch_embed_fwd(
     std: Tensor | None,
     tf32: bool,
 ) -> Tensor:
-    """images: [B, C, H, W], last stride 1.   weight: [W, C, P, P], class_embedding: [W], positional_embedding: [1 + G, W],
-    mean, std: [C] float32 for uint8 images, else None; all of these contiguous.
+    """images: [B, C, H, W], last stride 1.
+
+    weight: [W, C, P, P].   class_embedding: [W].   positional_embedding: [1 + G, W].   mean, std: [C] float32 for uint8
+            images, else None.   All contiguous.
 
     Returns: [B, 1 + G, W] contiguous, dtype of weight.
     """

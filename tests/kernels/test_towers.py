@@ -1,0 +1,79 @@
+"""Whole towers on the GPU kernels: every architecture at its real width, one full block and one pooled."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import clipfast
+
+from .. import peers
+from ..accuracy import assert_accurate, assert_embeddings
+from ..clips import PUBLISHED, convert, exact_features, make_images, make_pair, make_texts
+
+VITS = [name for name in PUBLISHED if name.startswith("ViT")]
+RESNETS = [name for name in PUBLISHED if name.startswith("RN")]
+
+
+def _two_blocks(name: str) -> tuple:
+    """Of both towers: what repeats is cut, the rest is the published size."""
+    config = list(PUBLISHED[name])
+    config[2] = 2 if name in VITS else config[2]
+    return (*config[:-1], 2)
+
+
+def _check(peer, ours, dtype, device, images=None, texts=None):
+    """Ours, run on the kernels alone, is as near to float64 as openai-clip in the same dtype."""
+    given = {"encode_image": images, "encode_text": texts}
+    exact = dict(zip(given, exact_features(peer.state_dict(), images, texts), strict=True))
+    if dtype != torch.float32:
+        clipfast.convert_weights(ours, dtype)
+        convert(peer, dtype)
+    ours.to(device)
+    for name, x in given.items():
+        with torch.no_grad():
+            with clipfast.backend("triton"):
+                got = getattr(ours, name)(x.to(device))
+            assert_accurate(got, getattr(peer, name)(x), exact[name], what=name)
+        assert_embeddings(got, exact[name], dtype, what=name)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_both_towers_of_a_vision_transformer(name, device):
+    if name == "ViT-L/14@336px" and device == "cpu" and not os.environ.get("CLIPFAST_FULL"):
+        pytest.skip("577 rows of 1024 take the interpreter over a minute: CLIPFAST_FULL=1")
+    config = _two_blocks(name)
+    _check(*make_pair(config), torch.bfloat16, device, make_images(config, 1), make_texts(config, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_in_other_dtypes(dtype, device):
+    if dtype == torch.float16 and device == "cpu":
+        # openai-clip's float16 takes minutes on a CPU
+        pytest.skip("float16 through a whole openai-clip needs a GPU")
+    config = _two_blocks("ViT-B/32")
+    _check(*make_pair(config), dtype, device, make_images(config, 1), make_texts(config, 2))
+
+
+@pytest.mark.parametrize("name", ["RN50x4", "RN50x64"])  # text 640 and 1024 wide; 512 and 768 are above
+def test_the_text_tower_of_a_resnet(name, device):
+    config = _two_blocks(name)
+    peer, ours = make_pair((config[0], 64, (1, 1, 1, 1), 8, None, *config[5:]))
+    images = make_images((0, 64), 1)
+    _check(peer, ours, torch.bfloat16, device, images, make_texts(config, 2))
+
+
+def test_the_attention_pool_of_a_resnet(device):
+    """At the size of RN50: 50 positions of 2048 channels, 32 heads."""
+    torch.manual_seed(0)
+    ours = clipfast.model.AttentionPool2d(7, 2048, 32, 1024).to(device, torch.bfloat16).eval()
+    theirs = peers.openai_clip().model.AttentionPool2d(7, 2048, 32, 1024).to(torch.bfloat16).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 2048, 7, 7).bfloat16()
+    with torch.no_grad():
+        with clipfast.backend("triton"):
+            got = ours(x.to(device))
+        assert {row[0] for row in clipfast.explain() if row[3].backend == "triton"} >= {"attention_pool", "linear"}
+        assert_accurate(got, theirs(x), theirs.double()(x.double()))
