@@ -118,6 +118,7 @@ def rows_bucket(n_rows: int) -> int:
     return 1 << max(4, (n_rows - 1).bit_length())
 
 
+@functools.lru_cache(maxsize=4096)
 def linear(
     n_rows: int, n_cols: int, n_terms: int, dtype: torch.dtype, architecture: int, *, described: bool
 ) -> LinearConfig:
@@ -130,8 +131,9 @@ def linear(
     if measured is not None and (described or not measured.persistent):
         return measured
     if dtype == torch.float32:
-        # no tensor cores in true float32: fused multiply-adds on a tile that fits the registers
-        return LinearConfig(64, 64, 32, warps=4, stages=3) if n_rows > 16 else LinearConfig(16, 64, 64, 4, 3)
+        # no tensor cores in true float32: fused multiply-adds on a tile that fits the registers. 64 x 64 in 4 warps, or
+        # 16 x 64 in steps of 64, spill one where rows are not 16-byte aligned (compile report)
+        return LinearConfig(64, 64, 32, warps=8, stages=3) if n_rows > 16 else LinearConfig(16, 64, 32, 4, 3)
     if n_rows <= FEW_ROWS:
         return _linear_of_few_rows(n_rows, n_cols, n_terms, arch)
     if arch in (90, 100) and described:
