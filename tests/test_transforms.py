@@ -333,12 +333,13 @@ def test_threads_do_not_disturb_each_other():
         torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_data_parallel_wrappers_see_every_gradient():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_data_parallel_wrappers_see_every_gradient(dtype):
     """DistributedDataParallel waits for each parameter: none may be left without a gradient, empty batches included."""
     for config in TOWERS.values():
         _, ours = make_pair(config)
         for n in (2, 0):
-            model = copy.deepcopy(ours)
+            model = copy.deepcopy(ours).to(dtype)
             per_image, per_text = model(make_images(config, n), TEXTS[:n])
             (per_image.sum() + per_text.sum()).backward()
             without = [name for name, p in model.named_parameters() if p.grad is None]

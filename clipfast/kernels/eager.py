@@ -107,20 +107,29 @@ def attention_pool(
     batch, width = query.shape
     head_width, wide = len(q_weight) // heads, statistics_dtype(tokens.dtype)
     per_head = (heads, head_width, width)
-    q = F.linear(padded(query), q_weight, q_bias).unflatten(-1, per_head[:2])
-    directions = torch.bmm(q.transpose(0, 1), k_weight.reshape(per_head)).transpose(0, 1)  # [B, H, W]: the sought
-    directions = directions.to(wide) * head_width**-0.5
+    # So computed, scores and values round more, and a sharp softmax shows it: up to 5 times PyTorch's error in float32.
+    # In float64 they round less; with one query a sequence that is a hundredth of a tower's time.
+    strict = tokens.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = torch.float64 if strict and tokens.device.type != "mps" else tokens.dtype
+    q = F.linear(padded(query).to(exact), q_weight.to(exact), None if q_bias is None else q_bias.to(exact))
+    q = q.unflatten(-1, per_head[:2])
+    directions = torch.bmm(q.transpose(0, 1), k_weight.to(exact).reshape(per_head)).transpose(0, 1)  # [B, H, W]
+    exact = statistics_dtype(exact)
+    directions = directions.to(exact) * head_width**-0.5
+    shift = None
+    if k_bias is not None and k_bias.requires_grad and torch.is_grad_enabled():
+        # adds the same to every key, so the softmax drops it; kept for autograd, whose gradient is zero, not None
+        shift = (q * k_bias.view(per_head[:2])).sum(-1, keepdim=True).to(exact) * head_width**-0.5
+        directions = directions if batch else directions + shift
     mixed = []
     for first, sequence, count, length in rows.runs:
         y = tokens[first : first + count * length].view(count, length, width).to(wide)
-        scores = torch.bmm(directions[sequence : sequence + count], y.transpose(1, 2))  # [count, H, L]
-        if k_bias is not None and k_bias.requires_grad and torch.is_grad_enabled():
-            # adds the same to every key, so the softmax drops it; kept for autograd, whose gradient is zero, not None
-            shift = (q[sequence : sequence + count] * k_bias.view(per_head[:2])).sum(-1, keepdim=True)
-            scores = scores + shift.to(wide) * head_width**-0.5
-        mixed.append(torch.bmm(scores.softmax(dim=-1), y))
-    context = padded(torch.cat(mixed) if mixed else directions)  # [B, H, W]
-    out = torch.bmm(context.transpose(0, 1), v_weight.to(wide).reshape(per_head).transpose(1, 2))  # [H, B, D]
+        scores = torch.bmm(directions[sequence : sequence + count], y.to(exact).transpose(1, 2))  # [count, H, L]
+        if shift is not None:
+            scores = scores + shift[sequence : sequence + count]
+        mixed.append(torch.bmm(scores.softmax(dim=-1).to(wide), y))
+    context = padded(torch.cat(mixed) if mixed else directions).to(exact)  # [B, H, W]
+    out = torch.bmm(context.transpose(0, 1), v_weight.to(exact).reshape(per_head).transpose(1, 2))  # [H, B, D]
     out = out.transpose(0, 1)[:batch].flatten(1)
     return (out if v_bias is None else out + v_bias).to(tokens.dtype)
 
