@@ -132,12 +132,12 @@ def linear(
         return measured
     if dtype == torch.float32:
         # no tensor cores in true float32: fused multiply-adds on a tile that fits the registers. 64 x 64 in 4 warps, or
-        # 16 x 64 in steps of 64, spill one where rows are not 16-byte aligned (compile report)
-        return LinearConfig(64, 64, 32, warps=8, stages=3) if n_rows > 16 else LinearConfig(16, 64, 32, 4, 3)
+        # 16 x 64, spill one where rows are not 16-byte aligned (compile report)
+        return LinearConfig(64, 64, 32, warps=8, stages=3) if n_rows > 16 else LinearConfig(16, 32, 64, 4, 3)
     if n_rows <= FEW_ROWS:
         return _linear_of_few_rows(n_rows, n_cols, n_terms, arch)
     if arch in (90, 100) and described:
-        # 128 x 256 has the most work per byte of operand; where it leaves a quarter of a wave idle, halve it
+        # 128 x 256 has the most work per byte of operand; where it leaves over a tenth of the waves idle, halve it
         wide = _full_waves(n_rows, n_cols, 128, 256, arch) >= 0.9
         return LinearConfig(128, 256 if wide else 128, 64, warps=8, stages=3 if wide else 4, persistent=True)
     if SHARED_MEMORY[arch] < 100 << 10:

@@ -244,6 +244,7 @@ def _make_cases() -> dict[str, Case]:
     for images, texts, width in [(1, 5, 512), (13, 7, 768), (64, 100, 64)]:
         features = 3 * torch.randn(images, width), 0.1 * torch.randn(texts, width)
         cases[f"logits {images} {texts}"] = Case("logits", (*features, torch.tensor(4.6)))
+    cases["project eps"] = Case("project", (torch.randn(8, 64), *norm(64), weights(64, 32)[0], 0.5))
     return cases
 
 
@@ -262,18 +263,18 @@ def case_in(name: str, dtype: torch.dtype) -> Case:
 
 
 SMALL = {
-    "layer_norm": Case("layer_norm", (torch.randn(3, 5), *norm(5))),
+    "layer_norm": Case("layer_norm", (torch.randn(3, 5), *norm(5), 0.1)),
     "layer_norm, residual": Case("layer_norm", (torch.randn(3, 5), *norm(5)), {"residual": torch.randn(3, 5)}),
     "linear": Case("linear", (torch.randn(2, 3, 5), *weights(4, 5)), {"residual": torch.randn(2, 3, 4)}),
     "linear, gelu": Case("linear", (torch.randn(3, 5), *weights(4, 5)), {"activation": "gelu"}),
     "linear, quick_gelu": Case("linear", (torch.randn(3, 5), *weights(4, 5)), {"activation": "quick_gelu"}),
-    "mlp": mlp_case((3,), 4, 6),
+    "mlp": mlp_case((3,), 4, 6, eps=0.1),
     "mlp, gelu": mlp_case((2,), 4, 6, activation="gelu"),
     "attention": attention_case([3, 1, 0, 2], 2, 3, causal=False),
     "attention, causal": attention_case([3, 1, 4], 2, 3, causal=True, scale=0.7),
     "attention_pool": pool_case([3, 1, 2], 6, 2, inner=4),
     "patch_embed": patch_case(2, 5, 4, 2, 3),
     "patch_embed, norm": patch_case(2, 5, 4, 2, 3, norm_weight=torch.randn(3), norm_bias=torch.randn(3), eps=0.1),
-    "project": Case("project", (torch.randn(3, 4), *norm(4), torch.randn(4, 2))),
+    "project": Case("project", (torch.randn(3, 4), *norm(4), torch.randn(4, 2), 0.1)),
     "logits": Case("logits", (torch.randn(3, 4), torch.randn(2, 4), torch.tensor(0.7))),
 }

@@ -48,6 +48,11 @@ class _Adapter(nn.Module):
         return x + self.fc(x).relu()
 
 
+def _hooked(module):
+    module.register_forward_hook(lambda _, args, out: 1.5 * out)
+    return module
+
+
 class _Double(nn.Module):
     def forward(self, weight):
         return 1.5 * weight
@@ -114,9 +119,32 @@ def _other_heads(block, _):
     block.attn.num_heads, block.attn.head_dim = 4, 32
 
 
-def _conv(**options):
+def _other_eps_of_the_towers(m, _):
+    m.visual.ln_pre.eps, m.visual.ln_post.eps, m.ln_final.eps = 0.1, 0.2, 0.3
+
+
+def _separate_projections(block, _):
+    attn = block.attn
+    for name, weight in zip("qkv", attn.in_proj_weight.detach().split(128), strict=True):
+        setattr(attn, f"{name}_proj_weight", nn.Parameter(1.5 * weight))
+    attn.in_proj_weight, attn._qkv_same_embed_dim = None, False
+
+
+def _batch_first(m, _):
+    for block in m.visual.transformer.resblocks:
+        block.attn.batch_first = True
+
+
+def _same_mask_for_the_image_tower(m, _):
+    mask = torch.full((17, 17), float("-inf")).triu_(1)
+    for block in m.visual.transformer.resblocks:
+        block.attn_mask = mask
+
+
+def _conv(positions=17, **options):
     def edit(m, _):
         m.visual.conv1 = nn.Conv2d(3, 128, **options)
+        m.visual.positional_embedding = nn.Parameter(torch.randn(positions, 128))
 
     return edit
 
@@ -173,6 +201,7 @@ EDITS = {
         lambda b, lib: (setattr(b.mlp, "c_fc", nn.Linear(128, 640)), setattr(b.mlp, "c_proj", nn.Linear(640, 128)))
     ),
     "c_fc without bias": _set("mlp.c_fc", lambda *_: nn.Linear(128, 512, bias=False)),
+    "c_proj without bias": _set("mlp.c_proj", lambda *_: nn.Linear(512, 128, bias=False)),
     "mlp without names": _set(
         "mlp", lambda _, lib: nn.Sequential(nn.Linear(128, 64), lib.QuickGELU(), nn.Linear(64, 128))
     ),
@@ -182,16 +211,21 @@ EDITS = {
     ),
     "gelu": _set("mlp.gelu", lambda *_: nn.GELU()),
     "tanh gelu": _set("mlp.gelu", lambda *_: nn.GELU("tanh")),
+    "gelu with a hook": _set("mlp.gelu", lambda *_: _hooked(nn.GELU())),
     "silu": _set("mlp.gelu", lambda *_: nn.SiLU()),
     "gelu in one block": lambda m, _: setattr(m.transformer.resblocks[1].mlp, "gelu", nn.GELU()),
     "plain layer norm": _set("ln_1", lambda *_: nn.LayerNorm(128)),
     "other eps": _each_block(lambda b, _: (setattr(b.ln_1, "eps", 0.1), setattr(b.ln_2, "eps", 0.3))),
+    "other eps and a hook": _each_block(lambda b, _: (setattr(b.ln_1, "eps", 0.1), _hooked(b.ln_2))),
+    "other eps of the towers": _other_eps_of_the_towers,
+    "other eps without projection": lambda m, lib: (_other_eps_of_the_towers(m, lib), setattr(m.visual, "proj", None)),
     "no affine": _set("ln_2", lambda *_: nn.LayerNorm(128, elementwise_affine=False)),
     "attention without bias": _fresh_attention(bias=False),
     "attention with bias_kv": _fresh_attention(add_bias_kv=True),
     "attention with zero_attn": _fresh_attention(add_zero_attn=True),
+    "attention with the batch first": _batch_first,
     "subclass of attention": _fresh_attention(subclass=True),
-    "separate projections": _fresh_attention(kdim=128, vdim=128),
+    "separate projections": _each_block(_separate_projections),
     "other heads": _each_block(_other_heads),
     "patched forward": _each_block(_patched_forward),
     "patched attention": _each_block(_patched_attention),
@@ -202,13 +236,17 @@ EDITS = {
     "mask edited through data": _mask_edited_where_no_counter_sees,
     "one other mask": _edit_one_mask,
     "mask off by one": _mask(lambda _: torch.full((12, 12), float("-inf")).triu_(2)),
+    "mask of bools": _mask(lambda _: torch.ones(12, 12).triu_(1).bool()),
     "mask for the image tower": lambda m, _: setattr(m.visual.transformer.resblocks[0], "attn_mask", _window(17)),
+    "causal mask for the image tower": _same_mask_for_the_image_tower,
     "fewer blocks": _shorter,
     "no blocks": _empty,
     "blocks reversed": _reversed,
     "adapter": _with_adapter,
     "convolution with bias": _conv(kernel_size=8, stride=8),
-    "dilated convolution": _conv(kernel_size=4, stride=8, dilation=2),
+    "padded convolution": _conv(kernel_size=8, stride=8, padding=1, bias=False),
+    "dilated convolution": _conv(kernel_size=4, stride=4, dilation=2, positions=50, bias=False),
+    "oblong patches": _conv(kernel_size=(8, 4), stride=(8, 4), positions=33, bias=False),
     "overlapping patches": _overlapping_patches,
     "no projection": lambda m, _: setattr(m.visual, "proj", None),
     "identity for ln_post": lambda m, _: setattr(m.visual, "ln_post", nn.Identity()),

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import checkpoints
 from clipfast.checkpoints import CheckpointError, from_huggingface, load, read_checkpoint, save
+from clipfast.model import build_model
 
 from . import peers
 from .tiny_clips import RESNET, VIT, assert_same, inputs, make_huggingface, make_upstream, trace
@@ -146,6 +147,14 @@ def test_loaded_model_saves_with_its_activation(activation, vit, tmp_path):
     assert read_checkpoint(tmp_path / "saved.safetensors").activation == activation
     again, _ = load(tmp_path / "saved.safetensors", "cpu")
     assert_same(again.state_dict(), vit.state_dict())
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_a_state_dict_that_torch_saves_keeps_the_activation(activation, vit, tmp_path):
+    model = build_model(vit.state_dict(), activation=activation)
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    assert read_checkpoint(tmp_path / "own.pt").activation == activation
+    assert load(tmp_path / "own.pt", "cpu")[0].activation == activation
 
 
 def test_importing_checkpoints_loads_no_optional_package():

@@ -331,9 +331,18 @@ def test_explain_of_this_cpu_with_and_without_gradients():
 
 
 @needs_onednn
-def test_less_precision_leaves_the_chains_of_a_product_whole():
+def test_the_weight_decides_for_images_of_bytes():
+    pixels, weight = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.randn(5, 3, 4, 4)
+    with torch.no_grad():
+        ops.patch_embed(pixels, weight, torch.randn(5), torch.randn(5, 5), mean=torch.zeros(3), std=torch.ones(3))
+    assert _ran() == {"patch_embed": "onednn"}
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [600, 50])
+def test_less_precision_leaves_the_chains_of_a_product_whole(rows):
     """torch.set_float32_matmul_precision("high"): still float32, added in one chain, which rounds more."""
-    x, weight = torch.randn(600, 3072), torch.randn(64, 3072) * 3072**-0.5
+    x, weight = torch.randn(rows, 3072), torch.randn(64, 3072) * 3072**-0.5
     exact = x.double() @ weight.double().t()
     errors = {}
     with torch.no_grad():

@@ -17,7 +17,7 @@ import clipfast
 import clipfast.model
 
 from . import peers
-from .clips import RESNET, VIT, assert_same, encode, make_images, make_texts, make_trio, weighted
+from .clips import RESNET, VIT, assert_same, convert, encode, make_images, make_texts, make_trio, weighted
 
 IMAGES, TEXTS = make_images(VIT, 8), make_texts(VIT, 8)
 RESNET_IMAGES = make_images(RESNET, 4)
@@ -53,6 +53,15 @@ def test_constructors_take_the_same_arguments_in_the_same_places(name):
     assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
     # what is new has a default and cannot take a place
     assert all(p.kind == p.KEYWORD_ONLY and p.default is not p.empty for p in ours[len(theirs) :])
+
+
+@pytest.mark.parametrize("arguments", [(16, 4), (16, 4, 2), (8, 4), (8, 4, 2)])
+def test_bottlenecks_of_any_width_and_stride(arguments):
+    ours, theirs = (library.Bottleneck(*arguments).eval() for library in (clipfast.model, peers.openai_clip().model))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, arguments[0], 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
@@ -219,6 +228,21 @@ def test_hooks_see_what_they_see_on_openai_clip(path, fast_calls):
     assert len(fast_calls) == 2
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("path", ["ln_final", "transformer.resblocks.2.ln_1", "visual.transformer.resblocks.1.mlp"])
+def test_a_backward_hook_alone_is_called(path, register):
+    def run(m):
+        seen = []
+        handle = getattr(m.get_submodule(path), register)(lambda *args: seen.append(args[-1][0]))
+        weighted(*m(IMAGES, TEXTS)).backward()
+        handle.remove()
+        return seen
+
+    trio = make_trio(VIT)
+    assert_same(trio, run, what=path)
+    assert len(run(trio[0])) == 1
+
+
 @pytest.mark.parametrize("path", [path for path in HOOKED if path not in ("visual", "token_embedding")])
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_hooks_may_change_what_they_see(path, kind):
@@ -242,6 +266,28 @@ def test_hooks_may_change_what_they_see(path, kind):
     assert change.abs().max() > 0.01
 
 
+def test_hooks_on_a_half_precision_model():
+    ours, peer, exact = make_trio(VIT)
+    convert(peer, torch.bfloat16)
+    clipfast.convert_weights(ours, torch.bfloat16)
+    seen = []
+    for model in (ours, peer):
+        for tower in (model, model.visual):
+            tower.transformer.resblocks[1].ln_1.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    with torch.no_grad():
+        assert_same([ours, peer, exact], encode(IMAGES, TEXTS))
+    assert seen == [torch.bfloat16] * 4
+
+
+def test_a_hook_on_the_tower_sees_images_in_its_dtype():
+    for model in make_trio(VIT)[:2]:
+        seen = []
+        model.visual.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].dtype))
+        for images in (IMAGES.half(), IMAGES.double()):
+            model.encode_image(images)
+        assert seen == [torch.float32] * 2
+
+
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_global_hooks_see_every_module(config, fast_calls):
     ours, peer, _ = make_trio(config)
@@ -260,6 +306,19 @@ def test_global_hooks_see_every_module(config, fast_calls):
     fast_calls.clear()
     with torch.no_grad():
         ours.encode_text(TEXTS)
+    assert len(fast_calls) == 1
+
+
+def test_a_resnet_pools_without_keys_and_values_where_less_precision_will_do(fast_calls):
+    ours = make_trio(RESNET)[0]
+    with torch.no_grad():
+        ours.encode_image(RESNET_IMAGES)
+        assert not fast_calls
+        torch.set_float32_matmul_precision("high")
+        try:
+            ours.encode_image(RESNET_IMAGES)
+        finally:
+            torch.set_float32_matmul_precision("highest")
     assert len(fast_calls) == 1
 
 

@@ -175,10 +175,11 @@ def test_heads_that_do_not_fit_a_state_dict(ours):
 def test_a_mask_on_another_device_or_of_another_shape_is_not_silently_ignored(ours):
     """openai-clip's attention raises, or casts; it never drops a mask."""
     broken = make_pair(VIT)[1]
-    for block in broken.transformer.resblocks:
-        block.attn_mask = torch.zeros(5, 5)
-    with pytest.raises((RuntimeError, ValueError)):
-        broken.encode_text(TEXTS)
+    for mask in (torch.zeros(5, 5), torch.full((5, 5), float("-inf")).triu_(1)):
+        for block in broken.transformer.resblocks:
+            block.attn_mask = mask
+        with pytest.raises((RuntimeError, ValueError)):
+            broken.encode_text(TEXTS)
 
 
 def test_a_model_with_a_part_taken_away_fails_by_name():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import clipfast
-from clipfast import ops
+from clipfast import ops, reference
 from clipfast.packing import Rows
 
 from .accuracy import assert_accurate
@@ -89,6 +89,39 @@ def test_gradients(name, dtype):
             assert_accurate(got, peer, exact.detach(), what=f"{name}, output or gradient {i}")
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 2], ids=["x", "weight", "bias"])
+def test_the_gradient_of_one_argument_of_a_layer_norm(wanted):
+    """Prompt learners and norm tuners freeze the rest; half-precision rows do not round the weight's gradient."""
+    arguments = [torch.randn(200, 64).bfloat16(), *norm(64)]
+    upstream = torch.randn(200, 64).bfloat16()
+    gradients = []
+    for run, dtype in ((Case.ours, None), (Case.peer, None), (Case.exact, torch.float64)):
+        given_arguments = [x.to(dtype or x.dtype, copy=True) for x in arguments]
+        leaf = given_arguments[wanted].requires_grad_()
+        (y,) = run(Case("layer_norm", (*given_arguments,)))
+        gradients += torch.autograd.grad(y, leaf, upstream.to(y.dtype))
+    assert_accurate(*gradients)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("operator", ["linear", "attention_pool"])
+def test_fewer_rows_round_no_more_than_four(operator, rows):
+    """The sums of MKL's float32 product of one to three rows do: in a single chain."""
+
+    def error(n):
+        torch.manual_seed(0)
+        x, tokens, projections = torch.randn(4, 2048), torch.randn(4 * 3, 2048), [weights(1024, 2048) for _ in "qkv"]
+        case = Case("linear", (x[:n], *projections[0]))
+        if operator == "attention_pool":
+            offsets = offsets_of(*[3] * n)
+            arguments = (x[:n], tokens[: 3 * n], offsets, *[w for projection in projections for w in projection])
+            case = Case("attention_pool", arguments, {"heads": 16})
+        with torch.no_grad(), clipfast.backend("torch"):
+            return (case.ours()[0] - case.exact()[0]).square().mean().sqrt()
+
+    assert error(rows) < 1.15 * error(4)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_gradcheck(name):
     case = SMALL[name].map(lambda x: x.double().clone().requires_grad_())
@@ -137,6 +170,28 @@ def test_strides(name, dtype, backend, device):
             viewed = case.on(device if backend == "triton" else "cpu").map(view)
             for got, peer, exact in zip(viewed.ours(), viewed.peer(), exacts, strict=True):
                 assert_accurate(got, peer, exact, what=f"{name}, {what}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_onednn_rounds_a_projection_once(dtype):
+    _skip_unless_it_runs("onednn", "project", dtype)
+    case = Case("project", (torch.randn(8, 512).to(dtype), *norm(512), weights(512, 512)[0].to(dtype)))
+    with torch.no_grad(), clipfast.backend("onednn"):
+        (got,) = case.ours()
+    assert (got != case.exact()[0].to(dtype)).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("backend", ["onednn", "torch"])
+def test_pixels_are_rounded_after_they_are_normalised(backend):
+    """A patch of one pixel and a weight of one: in bfloat16 the result is the normalised pixel, rounded once."""
+    _skip_unless_it_runs(backend, "patch_embed", torch.bfloat16)
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    weight = torch.eye(3).view(3, 3, 1, 1).bfloat16()
+    mean, std = torch.tensor(reference.MEAN, dtype=torch.float64), torch.tensor(reference.STD, dtype=torch.float64)
+    with torch.no_grad(), clipfast.backend(backend):
+        got = ops.patch_embed(pixels, weight, torch.zeros(3), torch.zeros(257, 3), mean=mean, std=std)[0, 1:]
+    exact = (torch.arange(256.0, dtype=torch.float64)[:, None] / 255 - mean) / std
+    torch.testing.assert_close(got.double(), exact, rtol=0.51 * torch.finfo(torch.bfloat16).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["onednn", "torch", "reference"])

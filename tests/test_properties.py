@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +71,18 @@ def test_columns_after_the_longest_text_change_nothing(trio):
         for text, embedding in zip(texts, wanted, strict=True):
             end = int(text.argmax()) + 1
             torch.testing.assert_close(trio[0].encode_text(text[None, :end])[0], embedding, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
+def test_short_texts_under_a_hook_that_looks_inside(trio, dtype):
+    """The other way through the tower cuts the mask and the positions."""
+    texts = make_texts((*VIT[:5], 7, VOCABULARY), 8)
+    with torch.no_grad():
+        wanted = trio[0].encode_text(texts)
+        handle = trio[0].transformer.resblocks[1].ln_1.register_forward_hook(lambda *_: None)
+        got = trio[0].encode_text(texts.to(dtype))
+        handle.remove()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_end_is_the_first_of_the_greatest_ids(trio):
@@ -140,6 +154,17 @@ def test_empty_batches(config, dtype, grad):
         assert ours.encode_text(TEXTS[:0]).shape == (0, 64)
         assert [x.shape for x in ours(images[:0], TEXTS)] == [(0, 8), (8, 0)]
         assert [x.shape for x in ours(images, TEXTS[:0])] == [(2, 0), (0, 2)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_resnet_pools_few_images_as_exactly_as_four(batch):
+    """The sums of MKL's float32 product of one to three rows round more."""
+    pool = randomise(clipfast.model.AttentionPool2d(2, 2048, 32, 1024))
+    x = torch.randn(4, 2048, 2, 2)
+    with torch.no_grad():
+        exact = copy.deepcopy(pool).double()(x.double())
+        few, four = ((pool(x[:n]) - exact[:n]).square().mean().sqrt() for n in (batch, 4))
+    assert few < 1.15 * four
 
 
 # ---- images ----
@@ -242,6 +267,16 @@ def test_heads_that_are_not_64_wide(width, heads, text_heads):
                 assert_same([model, peer, exact], encode(IMAGES, TEXTS))
     wanted = reference.encode_image(peer.state_dict(), IMAGES, heads=heads).detach()
     assert_accurate(named.encode_image(IMAGES), peer.encode_image(IMAGES), wanted)
+
+
+def test_heads_of_a_resnet():
+    def edit(m, _):
+        m.visual.attnpool.num_heads = 4
+
+    trio = make_trio(RESNET, edit)
+    built = clipfast.build_model(trio[1].state_dict(), vision_heads=4)
+    with torch.no_grad():
+        assert_same([built, *trio[1:]], encode(make_images(RESNET, 4), None))
 
 
 def test_pixels_get_gradients_from_a_frozen_model():

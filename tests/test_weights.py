@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import clipfast
+import clipfast.model
 
+from . import peers
 from .accuracy import assert_accurate
 from .clips import (
     RESNET,
@@ -224,6 +226,16 @@ def test_the_whole_model_in_another_dtype_and_back(config, dtype):
         assert torch.equal(same, before)
     else:
         torch.testing.assert_close(same, before, rtol=1e-4, atol=1e-4)
+
+
+def test_convert_weights_of_modules_that_no_published_model_has():
+    dtypes = []
+    for library in (clipfast.model, peers.openai_clip().model):
+        attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True)
+        model = nn.Sequential(attention, nn.Conv1d(2, 3, 1), nn.Conv3d(2, 3, 1), nn.BatchNorm2d(3), nn.Embedding(3, 4))
+        library.convert_weights(model)
+        dtypes.append({name: parameter.dtype for name, parameter in model.named_parameters()})
+    assert dtypes[0] == dtypes[1]
 
 
 def test_training_and_evaluation_mode():

@@ -127,8 +127,10 @@ def _linear_reduce_kernel(
     inside = at < n_elements
     rows, cols = at // n_cols, at % n_cols
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in tl.static_range(SPLIT_K):  # in this order, always
-        acc += tl.load(parts_ptr + part * n_elements.to(tl.int64) + at, mask=inside, other=0.0)
+    place = at
+    for _ in tl.static_range(SPLIT_K):  # in this order, always
+        acc += tl.load(parts_ptr + place, mask=inside, other=0.0)
+        place += n_elements
     bias, residual = 0.0, 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
