@@ -107,7 +107,8 @@ def launch_attention_pool() -> None:
         for heads, width, length in towers:
             for batch in BATCHES:
                 tokens, offsets = empty(batch * length, width, dtype=dtype), empty(batch + 1, dtype=torch.int32)
-                directions = empty(batch, heads, width, dtype=dtype)
+                strict = dtype == torch.float32 and not tf32
+                directions = empty(batch, heads, width, dtype=torch.float64 if strict else dtype)
                 attention_pool.pool_fwd(tokens, directions, offsets, length, 0.125, tf32)
 
 

@@ -64,6 +64,41 @@ def _pool_scores_kernel(
 
 
 @triton.jit
+def _pool_scores_float64_kernel(
+    directions_ptr,
+    tokens_ptr,
+    offsets_ptr,
+    scores_ptr,
+    n_blocks,
+    n_heads,
+    n_cols,
+    stride_directions_batch,
+    stride_directions_head,
+    stride_tokens_row,
+    scale_log2,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """The same in float64, a head a program: for true float32, where the reassociated sum rounds too much."""
+    block, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
+    sequence, block = block // n_blocks, block % n_blocks
+    start, end = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
+    rows, cols = start + block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLS)
+    wide_rows = rows.to(tl.int64)
+    directions_ptr += sequence.to(tl.int64) * stride_directions_batch + head * stride_directions_head
+    tokens_ptrs = tokens_ptr + wide_rows[:, None] * stride_tokens_row + cols[None, :]
+    acc = tl.zeros((BLOCK_ROWS,), dtype=tl.float64)
+    n_steps = tl.where(start + block * BLOCK_ROWS < end, tl.cdiv(n_cols, BLOCK_COLS), 0)
+    for step in range(n_steps):
+        left = n_cols - step * BLOCK_COLS
+        at = step * BLOCK_COLS
+        y = tl.load(tokens_ptrs + at, mask=(rows[:, None] < end) & (cols[None, :] < left), other=0.0)
+        sought = tl.load(directions_ptr + at + cols, mask=cols < left, other=0.0)
+        acc += tl.sum(y.to(tl.float64) * sought[None, :], axis=1)
+    tl.store(scores_ptr + wide_rows * n_heads + head, acc * scale_log2, mask=rows < end)
+
+
+@triton.jit
 def _pool_mix_kernel(
     scores_ptr,
     tokens_ptr,
@@ -83,7 +118,7 @@ def _pool_mix_kernel(
     sequence, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
     start, end = tl.load(offsets_ptr + sequence), tl.load(offsets_ptr + sequence + 1)
     heads, cols = tl.arange(0, BLOCK_HEADS), block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    row_max = tl.full((BLOCK_HEADS,), float("-inf"), dtype=tl.float32)
+    row_max = tl.full((BLOCK_HEADS,), float("-inf"), dtype=scores_ptr.dtype.element_ty)
     row_sum = tl.zeros((BLOCK_HEADS,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_HEADS, BLOCK_COLS), dtype=tl.float32)
     for first in range(start, end, BLOCK_ROWS):
@@ -95,8 +130,8 @@ def _pool_mix_kernel(
         tokens_ptrs = tokens_ptr + wide_rows[:, None] * stride_tokens_row + cols[None, :]
         y = tl.load(tokens_ptrs, mask=(rows[:, None] < end) & (cols[None, :] < n_cols), other=0.0)
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_max[:, None])
-        decay = tl.exp2(row_max - new_max)
+        p = tl.exp2((scores - new_max[:, None]).to(tl.float32))
+        decay = tl.exp2((row_max - new_max).to(tl.float32))
         row_sum = row_sum * decay + tl.sum(p, axis=1)
         high = p.to(y.dtype)
         acc = tl.dot(high, y, acc * decay[:, None], input_precision=PRECISION)
@@ -113,7 +148,7 @@ def _pool_mix_kernel(
 def pool_fwd(tokens: Tensor, directions: Tensor, offsets: Tensor, longest: int, scale: float, tf32: bool) -> Tensor:
     """The tokens of each sequence, weighted for each head by softmax(scale directions.tokens).
 
-    tokens: [T, W], last stride 1.   directions: [B, H, W], last stride 1, dtype of tokens.
+    tokens: [T, W].   directions: [B, H, W], of the tokens' dtype, or float64 for scores in it.   Last strides 1.
     offsets: [B + 1] int32.   longest: no sequence has more rows.   tf32: float32 operands rounded to 10 bits.
     Returns: [B, H, W] float32, contiguous; zero for a sequence without rows.
     """
@@ -121,7 +156,9 @@ def pool_fwd(tokens: Tensor, directions: Tensor, offsets: Tensor, longest: int, 
     mixed = torch.empty((batch, n_heads, n_cols), dtype=torch.float32, device=tokens.device)
     if not mixed.numel():
         return mixed
-    scores = torch.empty((n_rows, n_heads), dtype=torch.float32, device=tokens.device)
+    in_float64 = directions.dtype == torch.float64
+    wide = torch.float64 if in_float64 else torch.float32
+    scores = torch.empty((n_rows, n_heads), dtype=wide, device=tokens.device)
     config = tuning.attention_pool(batch, n_heads, tokens.dtype, tuning.architecture(tokens.device), tf32=tf32)
     same = {
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -131,22 +168,13 @@ def pool_fwd(tokens: Tensor, directions: Tensor, offsets: Tensor, longest: int, 
     }
     n_blocks = triton.cdiv(longest, config.block_rows)
     if n_rows and n_blocks:
-        _pool_scores_kernel[(batch * n_blocks,)](
-            directions,
-            tokens,
-            offsets,
-            scores,
-            n_blocks,
-            n_heads,
-            n_cols,
-            directions.stride(0),
-            directions.stride(1),
-            tokens.stride(0),
-            scale * LOG2_E,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_COLS=config.block_terms,
-            **same,
-        )
+        arguments = (directions, tokens, offsets, scores, n_blocks, n_heads, n_cols, *directions.stride()[:2])
+        arguments = (*arguments, tokens.stride(0), scale * LOG2_E)
+        blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_COLS": config.block_terms}
+        if in_float64:
+            _pool_scores_float64_kernel[(batch * n_blocks * n_heads,)](*arguments, **blocks, num_warps=config.warps)
+        else:
+            _pool_scores_kernel[(batch * n_blocks,)](*arguments, **blocks, **same)
     n_blocks = triton.cdiv(n_cols, config.block_cols)
     _pool_mix_kernel[(batch * n_blocks,)](
         scores,
@@ -207,10 +235,13 @@ def attention_pool(
     heads: int,
 ) -> Tensor:
     """As `clipfast.ops.attention_pool`; the key bias adds the same to every key, so the softmax drops it."""
-    batch, width = query.shape
-    per_head = (heads, len(q_weight) // heads, width)
-    q = F.linear(eager.padded(query), q_weight, q_bias).unflatten(-1, per_head[:2])
-    directions = torch.bmm(q.transpose(0, 1), k_weight.reshape(per_head)).transpose(0, 1)[:batch]  # [B, H, W]
+    per_head = (heads, len(q_weight) // heads, query.shape[1])
+    tf32 = linear.tf32_allowed(tokens)
+    # as in eager: float32 that must be strict takes its scores and values in float64
+    exact = torch.float64 if tokens.dtype == torch.float32 and not tf32 else tokens.dtype
+    q = F.linear(query.to(exact), q_weight.to(exact), None if q_bias is None else q_bias.to(exact))
+    q = q.unflatten(-1, per_head[:2])
+    directions = torch.bmm(q.transpose(0, 1), k_weight.to(exact).reshape(per_head)).transpose(0, 1)  # [B, H, W]
     made = _plan(rows, tokens.device)
     context = _pool(
         library.last_dim_contiguous(tokens),
@@ -218,9 +249,10 @@ def attention_pool(
         made.offsets,
         made.longest,
         per_head[1] ** -0.5,
-        linear.tf32_allowed(tokens),
+        tf32,
     )
-    # in float32, as eager: the weighted sum is not rounded before the value projection
-    values = v_weight.float().reshape(per_head).transpose(1, 2)
-    out = torch.bmm(eager.padded(context).transpose(0, 1), values).transpose(0, 1)[:batch].flatten(1)  # [B, H * D]
+    # in float32 at least: the weighted sum is not rounded before the value projection
+    wide = eager.statistics_dtype(exact)
+    values = v_weight.to(wide).reshape(per_head).transpose(1, 2)
+    out = torch.bmm(context.to(wide).transpose(0, 1), values).transpose(0, 1).flatten(1)  # [B, H * D]
     return (out if v_bias is None else out + v_bias).to(tokens.dtype)
