@@ -195,22 +195,25 @@ def encode_text(model: CLIP, packed: PackedText) -> Tensor:
                 for static, fresh in zip(entry.inputs, (*tensors, *_tensors(plans)), strict=True):
                     static.copy_(fresh, non_blocking=True)
                 return graphs.replay(entry)
-        entry = _add_text(graphs, model, packed, shape, device)
-        return graphs.replay(entry)
+        return _add_text(graphs, model, packed, shape, device)
 
 
-def _add_text(graphs: Graphs, model: CLIP, packed: PackedText, shape: Hashable, device: torch.device) -> Entry:
+def _add_text(graphs: Graphs, model: CLIP, packed: PackedText, shape: Hashable, device: torch.device) -> Tensor:
     static = packed.to(device)
     if static.ids is packed.ids:  # already there
         ids, positions, last, restore = (x.clone() for x in (packed.ids, packed.positions, packed.last, packed.restore))
         static = PackedText(ids, positions, last, restore, packed.rows)
-    model.encode_packed(static)  # the kernels derive their plans from the rows
+    result = model.encode_packed(static)  # the kernels derive their plans from the rows
+    if "runs" in vars(packed.rows):
+        # something went sequence by sequence after all, such as PyTorch's attention for heads that the kernels refuse:
+        # its launches are those of these lengths, and a recording would be wrong for others
+        return result
     makers = dict(packed.rows.makers)
     plans = [packed.rows.derive(key, make, device) for key, make in makers.items()]
     inputs = (static.ids, static.positions, static.last, static.restore, *_tensors(plans))
     entry = graphs.add((shape, _constants(plans)), lambda: model.encode_packed(static), inputs, packed.rows)
     graphs.makers[shape] = makers
-    return entry
+    return graphs.replay(entry)
 
 
 def _tensors(plans: Sequence[Any]) -> list[Tensor]:
