@@ -30,8 +30,6 @@ from clipfast import tuning
 RESOURCES = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
 # columns of tensor memory (sm_100) that one block may use
 TENSOR_MEMORY = 512
-# they only count programs: the code is the same but for one number
-COUNTS = frozenset({"N_PROGRAMS"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +109,7 @@ def _described(jit: triton.JITFunction, data: dict[str, Any], architecture: int)
         if parameter.is_constexpr:
             value, name = known[i], parameter.name.removeprefix("BLOCK_")
             if isinstance(value, int) and not isinstance(value, bool):
-                sizes += [f"{name}{value}"] * (parameter.name not in COUNTS)
+                sizes.append(f"{name}{value}")
             else:
                 flags.append(f"{name}={value}")
         elif kind == "constexpr":

@@ -215,7 +215,8 @@ def patch_embed(n_rows: int, n_cols: int, patch: int, dtype: torch.dtype, archit
     # 14 pixels in steps of 16 are loaded one by one, each with a pointer and a mask: 4 warps spill (compile report)
     warps = 8 if patch & (patch - 1) else 4
     if dtype == torch.float32:
-        return TileConfig(64, 64, 32, warps, stages=2)
+        # 64 x 64 spills in 4 warps (Triton 3.6) or in 8 (3.7) somewhere (compile report)
+        return TileConfig(32, 64, 32, warps=8, stages=2)
     return TileConfig(16 if n_rows <= 16 else 64, 64 if n_rows <= FEW_ROWS else 128, 64, warps, stages=3)
 
 

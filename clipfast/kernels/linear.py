@@ -157,7 +157,6 @@ def _linear_persistent_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FAST_TANH: tl.constexpr,
-    N_PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -168,7 +167,7 @@ def _linear_persistent_kernel(
     y_desc = tl.make_tensor_descriptor(y_ptr, [n_rows, n_cols], [n_cols, 1], [BLOCK_M, BLOCK_N // 2])
     n_tiles_m, n_tiles_n = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
     # flatten: one loop over all steps of all tiles, so that loads of the next tile start before this one is stored
-    for tile in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, N_PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = _tile_of(tile, n_tiles_m, n_tiles_n, GROUP_M)
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -191,6 +190,9 @@ def _linear_persistent_kernel(
                 residual = tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
             y = _finish(part, bias, residual, ACTIVATION, FAST_TANH)
             y_desc.store([m, n + half * (BLOCK_N // 2)], y.to(y_ptr.dtype.element_ty))
+
+
+NO_EPILOGUE = {"HAS_BIAS": False, "HAS_RESIDUAL": False, "ACTIVATION": "none", "FAST_TANH": False}
 
 
 def linear_fwd(
@@ -235,9 +237,7 @@ def linear_fwd(
     if config.persistent:
         n_programs = min(n_tiles, tuning.multiprocessors(x.device))
         triton.set_allocator(_scratch)
-        _linear_persistent_kernel[(n_programs,)](
-            x, weight, *given, y, *sizes, **epilogue, N_PROGRAMS=n_programs, **blocks
-        )
+        _linear_persistent_kernel[(n_programs,)](x, weight, *given, y, *sizes, **epilogue, **blocks)
         return y
     split = config.split_k
     target = y if split == 1 else torch.empty((split, n_rows, n_cols), dtype=torch.float32, device=x.device)
@@ -247,7 +247,8 @@ def linear_fwd(
         *given,
         target,
         *sizes,
-        **epilogue,
+        # the parts of a split sum know nothing of the epilogue: one compilation serves them all
+        **(epilogue if split == 1 else NO_EPILOGUE),
         PRECISION="tf32" if tf32 else "ieee",
         EVEN_K=n_terms % (config.block_k * split) == 0,
         SPLIT_K=split,
