@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clipfast import reference, tuning
-from clipfast.kernels import eager, library, native, onednn
+from clipfast.kernels import eager, eager_gradients, library, native, onednn
 
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
 HALVES = (torch.float16, torch.bfloat16)
@@ -44,9 +44,8 @@ class Backend(NamedTuple):
     name: str
     refuses: Callable[[str, Call], str | None]  # the reason it cannot run this operator, None if it can
     yields: Callable[[str, Call], str | None]  # the reason why the next backend is the better one, None if it is not
-    operators: Callable[
-        [], dict[str, Callable[..., Any]]
-    ]  # by name; a call, so that Triton is imported when it is needed
+    # by name, for such a call; a function, so that Triton is imported when it is needed
+    operators: Callable[[Call], Mapping[str, Callable[..., Any]]]
     has: tuple[str, ...] = OPERATORS
 
 
@@ -123,14 +122,20 @@ def _triton_yields(operator: str, call: Call) -> str | None:
     return tuning.cublas_is_better(operator, call.dtype, call.architecture, call.rows, call.shape)
 
 
-def _triton_operators() -> dict[str, Callable[..., Any]]:
+def _triton_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
     from clipfast.kernels import fused
 
     return fused.TRITON
 
 
-def _cuda_operators() -> dict[str, Callable[..., Any]]:
+def _cuda_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
     return {"patch_embed": native.patch_embed}
+
+
+def _torch_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
+    plain = {name: getattr(eager, name) for name in OPERATORS}
+    # what traces or transforms PyTorch's operators must see them, not our gradients
+    return plain | eager_gradients.OPERATORS if call.grad and not call.traced else plain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,9 +163,9 @@ _ONEDNN = ("linear", "mlp", "patch_embed", "project")
 _BACKENDS = (
     Backend("cuda", _cuda_refuses, _never, _cuda_operators, ("patch_embed",)),
     Backend("triton", _triton_refuses, _triton_yields, _triton_operators),
-    Backend("onednn", _onednn_refuses, _never, lambda: {name: getattr(onednn, name) for name in _ONEDNN}, _ONEDNN),
-    Backend("torch", _never, _never, lambda: {name: getattr(eager, name) for name in OPERATORS}),
-    Backend("reference", _never, lambda operator, call: "runs only when forced", lambda: _REFERENCE),
+    Backend("onednn", _onednn_refuses, _never, lambda call: {name: getattr(onednn, name) for name in _ONEDNN}, _ONEDNN),
+    Backend("torch", _never, _never, _torch_operators),
+    Backend("reference", _never, lambda operator, call: "runs only when forced", lambda call: _REFERENCE),
 )
 NAMES = tuple(known.name for known in _BACKENDS)
 
@@ -219,7 +224,7 @@ def decide(operator: str, forced: str | None, call: Call) -> Decision:
     for name in able:
         reasons.setdefault(name, f"{forced} is forced" if forced is not None else f"{chosen} comes first")
     others = tuple((name, reasons[name]) for name in NAMES if name != chosen)
-    return Decision(chosen, able[chosen].operators()[operator], others)
+    return Decision(chosen, able[chosen].operators(call)[operator], others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
