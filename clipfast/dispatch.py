@@ -63,13 +63,20 @@ def _never(operator: str, call: Call) -> str | None:
 # What each backend can do
 
 
-def _not_eager(call: Call) -> str | None:
-    """Why a backend that is no plain composition of PyTorch's operators cannot run."""
-    if call.grad:
+# operators whose Triton kernels have gradients (clipfast.kernels.fused_gradients)
+_WITH_GRADIENTS = ("layer_norm", "linear", "mlp", "attention", "patch_embed", "project")
+
+
+def _not_eager(call: Call, *, grad: bool = False) -> str | None:
+    """Why a backend that is no plain composition of PyTorch's operators cannot run.
+
+    grad: it has gradients, and minds autocast where they are wanted.
+    """
+    if call.grad and not grad:
         return "inference only, and a gradient is wanted (torch.no_grad() allows it)"
     if call.traced:
         return "not traceable (torch.jit, torch.func or a dispatch mode is on)"
-    return "autocast is on" if call.autocast else None
+    return "autocast is on" if call.autocast and not (grad and call.grad) else None
 
 
 def _onednn_refuses(operator: str, call: Call) -> str | None:
@@ -107,9 +114,10 @@ def _triton_refuses(operator: str, call: Call) -> str | None:
         reason = f"has no {_short(call.dtype)} kernels"
     if reason is None and operator == "attention" and call.shape and not _head_width_fits(*call.shape):
         reason = f"heads are {call.shape[0]} wide; its kernels want a multiple of 16 up to 128"
-    if reason is None and operator in ("linear", "mlp", "attention_pool", "project", "logits") and call.shape:
+    products = ("linear", "mlp", "attention_pool", "project", "logits")
+    if reason is None and operator in products and call.shape and not call.autocast:
         reason = None if call.shape[0] else "the operands differ in dtype"
-    return reason or _not_eager(call)
+    return reason or _not_eager(call, grad=operator in _WITH_GRADIENTS)
 
 
 def _head_width_fits(width: int) -> bool:
@@ -123,9 +131,9 @@ def _triton_yields(operator: str, call: Call) -> str | None:
 
 
 def _triton_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
-    from clipfast.kernels import fused
+    from clipfast.kernels import fused, fused_gradients
 
-    return fused.TRITON
+    return fused_gradients.OPERATORS if call.grad else fused.TRITON
 
 
 def _cuda_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
@@ -266,13 +274,16 @@ _FACTS: dict[str, Callable[..., tuple[Any, ...]]] = {
 
 
 def _call(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], arguments: tuple[Any, ...]) -> Call:
-    device = x.device.type
+    device, dtype = x.device.type, x.dtype
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if autocast and operator != "layer_norm" and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     call = Call(
         device,
-        x.dtype,
+        dtype,
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
         traced(),
-        device != "meta" and torch.is_autocast_enabled(device),
+        autocast,
         torch.backends.mkldnn.enabled,
     )
     if device != "cuda" and _forced.get() != "triton":
@@ -293,6 +304,8 @@ def _compiled_on(operator: str, device: str, dtype: torch.dtype, grad: bool, aut
     call = Call(device, dtype, grad, False, autocast, shape=facts)
     if device == "cuda":
         call = call._replace(architecture=tuning.architecture(torch.device(device)))
+    if grad:  # PyTorch's compiler derives them, and fuses what our gradients fuse by hand
+        return "torch"
     name = decide(operator, None, call).backend
     return name if name in ("cuda", "triton") else "torch"
 

@@ -210,6 +210,15 @@ def logits(n_images: int, n_texts: int, dtype: torch.dtype, architecture: int) -
     return TileConfig(block_m, 64, 32 if dtype == torch.float32 else 64, warps=4, stages=3)
 
 
+def hidden_bwd(n_rows: int, dtype: torch.dtype, architecture: int) -> TileConfig:
+    """128 x 128 tiles: the epilogue reads one such tile and writes two, so more would wait for memory at its end."""
+    if dtype == torch.float32:
+        return TileConfig(64 if n_rows > 16 else 16, 64, 32, warps=8, stages=2)
+    if n_rows <= FEW_ROWS:
+        return TileConfig(16 if n_rows <= 16 else 64, 64, 64, warps=4, stages=3)
+    return TileConfig(128, 128, 64 if SHARED_MEMORY[known(architecture)] > 100 << 10 else 32, warps=8, stages=3)
+
+
 def patch_embed(n_rows: int, n_cols: int, patch: int, dtype: torch.dtype, architecture: int) -> TileConfig:
     """block_k counts pixels of whole (padded) pixel rows: two of 32, four of 16 or 14."""
     # 14 pixels in steps of 16 are loaded one by one, each with a pointer and a mask: 4 warps spill (compile report)
@@ -218,6 +227,28 @@ def patch_embed(n_rows: int, n_cols: int, patch: int, dtype: torch.dtype, archit
         # 64 x 64 spills in 4 warps (Triton 3.6) or in 8 (3.7) somewhere (compile report)
         return TileConfig(32, 64, 32, warps=8, stages=2)
     return TileConfig(16 if n_rows <= 16 else 64, 64 if n_rows <= FEW_ROWS else 128, 64, warps, stages=3)
+
+
+@dataclass(frozen=True)
+class PatchWeightConfig:
+    block_cols: int
+    block_terms: int
+    block_patches: int
+    split: int
+    warps: int
+    stages: int
+
+
+def patch_weight_bwd(
+    n_cols: int, n_terms: int, n_patches: int, dtype: torch.dtype, architecture: int
+) -> PatchWeightConfig:
+    """64 x 64 tiles of the weight's gradient, the sum over all patches split until every multiprocessor has two."""
+    n_tiles = -(-n_cols // 64) * -(-n_terms // 64)
+    split = 1
+    while split < 8 and n_tiles * split < 2 * MULTIPROCESSORS[known(architecture)] and n_patches >= 128 * split:
+        split *= 2
+    patches = 32 if dtype == torch.float32 else 64
+    return PatchWeightConfig(64, 64, patches, split, warps=8, stages=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -97,6 +97,44 @@ def layer_norm(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Linear with a residual
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: Primitives, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        cast, fc, fc_bias = autocast_to(x, x.reshape(-1, x.shape[-1]), weight, bias)
+        with no_autocast(x):
+            y = backend.contract(cast, fc, fc_bias, "none", residual.reshape(-1, len(weight)))
+        ctx.save_for_backward(x, weight, bias, residual.detach()[:0], fc)
+        return y.view(residual.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, fc = ctx.saved_tensors
+        _, x_wanted, weight_wanted, bias_wanted, _ = ctx.needs_input_grad
+        dx = dweight = dbias = None
+        if torch.is_grad_enabled():
+            needed = (x_wanted, weight_wanted, bias_wanted)
+            again = differentiably(lambda x, w, b: eager.linear(x, w, b, None, None), needed, grad, x, weight, bias)
+            return None, *again, grad.to(residual.dtype)
+        with no_autocast(x):
+            rows, products = x.reshape(-1, x.shape[-1]).to(fc.dtype), grad.reshape(-1, grad.shape[-1]).to(fc.dtype)
+            if x_wanted:
+                dx = (products @ fc).to(x.dtype).view(x.shape)
+            if weight_wanted:
+                dweight = (products.t() @ rows).to(weight.dtype)
+            if bias_wanted:
+                dbias = _column_sums(products, bias.dtype)
+        return None, dx, dweight, dbias, grad.to(residual.dtype)
+
+
+def linear(backend: Primitives, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """As `clipfast.ops.linear` with a residual and no activation."""
+    return _Linear.apply(backend, x, weight, bias, residual)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # MLP
 
 

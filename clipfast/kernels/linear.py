@@ -53,6 +53,7 @@ def _linear_fwd_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
+    pre_ptr,
     y_ptr,
     n_rows,
     n_cols,
@@ -64,6 +65,7 @@ def _linear_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FAST_TANH: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -103,6 +105,9 @@ def _linear_fwd_kernel(
         if HAS_RESIDUAL:
             residual_ptrs = residual_ptr + wide_rows * stride_residual_row + cols[None, :]
             residual = tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
+        if SAVE_PRE:
+            pre_ptrs = pre_ptr + wide_rows * n_cols + cols[None, :]
+            tl.store(pre_ptrs, (acc + bias).to(pre_ptr.dtype.element_ty), mask=inside)
         acc = _finish(acc, bias, residual, ACTIVATION, FAST_TANH)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -112,6 +117,7 @@ def _linear_reduce_kernel(
     parts_ptr,
     bias_ptr,
     residual_ptr,
+    pre_ptr,
     y_ptr,
     n_elements,
     n_cols,
@@ -120,6 +126,7 @@ def _linear_reduce_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FAST_TANH: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -136,6 +143,8 @@ def _linear_reduce_kernel(
         bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + rows * stride_residual_row + cols, mask=inside, other=0.0).to(tl.float32)
+    if SAVE_PRE:
+        tl.store(pre_ptr + at, (acc + bias).to(pre_ptr.dtype.element_ty), mask=inside)
     y = _finish(acc, bias, residual, ACTIVATION, FAST_TANH)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -146,6 +155,7 @@ def _linear_persistent_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
+    pre_ptr,
     y_ptr,
     n_rows,
     n_cols,
@@ -157,6 +167,7 @@ def _linear_persistent_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FAST_TANH: tl.constexpr,
+    SAVE_PRE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -165,6 +176,7 @@ def _linear_persistent_kernel(
     x_desc = tl.make_tensor_descriptor(x_ptr, [n_rows, n_terms], [stride_x_row, 1], [BLOCK_M, BLOCK_K])
     weight_desc = tl.make_tensor_descriptor(weight_ptr, [n_cols, n_terms], [stride_weight_row, 1], [BLOCK_N, BLOCK_K])
     y_desc = tl.make_tensor_descriptor(y_ptr, [n_rows, n_cols], [n_cols, 1], [BLOCK_M, BLOCK_N // 2])
+    pre_desc = tl.make_tensor_descriptor(pre_ptr, [n_rows, n_cols], [n_cols, 1], [BLOCK_M, BLOCK_N // 2])
     n_tiles_m, n_tiles_n = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
     # flatten: one loop over all steps of all tiles, so that loads of the next tile start before this one is stored
     for tile in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=True):
@@ -188,11 +200,19 @@ def _linear_persistent_kernel(
                 residual_ptrs = residual_ptr + rows.to(tl.int64) * stride_residual_row + cols[None, :]
                 inside = (rows < n_rows) & (cols[None, :] < n_cols)
                 residual = tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
+            if SAVE_PRE:
+                pre_desc.store([m, n + half * (BLOCK_N // 2)], (part + bias).to(pre_ptr.dtype.element_ty))
             y = _finish(part, bias, residual, ACTIVATION, FAST_TANH)
             y_desc.store([m, n + half * (BLOCK_N // 2)], y.to(y_ptr.dtype.element_ty))
 
 
-NO_EPILOGUE = {"HAS_BIAS": False, "HAS_RESIDUAL": False, "ACTIVATION": "none", "FAST_TANH": False}
+NO_EPILOGUE = {
+    "HAS_BIAS": False,
+    "HAS_RESIDUAL": False,
+    "ACTIVATION": "none",
+    "FAST_TANH": False,
+    "SAVE_PRE": False,
+}
 
 
 def linear_fwd(
@@ -203,11 +223,12 @@ def linear_fwd(
     activation: str,
     tf32: bool,
     config: tuning.LinearConfig | None = None,
+    pre: Tensor | None = None,
 ) -> Tensor:
     """x: [M, K], last stride 1.   weight: [N, K], last stride 1.   bias: [N].   residual: [M, N], last stride 1.
 
     activation: "none", "quick_gelu" or "gelu".   tf32: float32 operands rounded to 10 bits of mantissa.
-    config: default `tuning.linear`'s.
+    config: default `tuning.linear`'s.   pre: None, or [M, N] contiguous that takes what the activation is applied to.
     Returns: [M, N] contiguous, dtype of x.
     """
     (n_rows, n_terms), n_cols = x.shape, len(weight)
@@ -222,8 +243,9 @@ def linear_fwd(
         "HAS_RESIDUAL": residual is not None,
         "ACTIVATION": activation,
         "FAST_TANH": config.fast_tanh,
+        "SAVE_PRE": pre is not None,
     }
-    given = (bias if bias is not None else weight, residual if residual is not None else y)
+    given = tuple(other if each is None else each for each, other in ((bias, weight), (residual, y), (pre, y)))
     n_tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(n_cols, config.block_n)
     sizes = (n_rows, n_cols, n_terms, x.stride(0), weight.stride(0), given[1].stride(0))
     blocks = {

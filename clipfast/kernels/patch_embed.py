@@ -149,6 +149,17 @@ _patch_embed = library.define(
 )
 
 
+def pixels(
+    images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Images, mean and std as the kernels want them: uint8 with both in float32, or the weight's dtype with neither."""
+    if images.dtype == torch.uint8 and mean is not None and std is not None:
+        mean, std = (x.to(images.device, torch.float32, non_blocking=True).contiguous() for x in (mean, std))
+    else:
+        images, mean, std = images.to(weight.dtype), None, None
+    return library.last_dim_contiguous(images), mean, std
+
+
 def patch_embed(
     images: Tensor,
     weight: Tensor,
@@ -161,12 +172,9 @@ def patch_embed(
     eps: float,
 ) -> Tensor:
     """As `clipfast.ops.patch_embed`."""
-    if images.dtype == torch.uint8:
-        mean, std = (x.to(images.device, torch.float32, non_blocking=True).contiguous() for x in (mean, std))
-    else:
-        images, mean, std = images.to(weight.dtype), None, None
+    images, mean, std = pixels(images, weight, mean, std)
     tokens = _patch_embed(
-        library.last_dim_contiguous(images),
+        images,
         weight.contiguous(),
         class_embedding.contiguous(),
         positional_embedding.contiguous(),
