@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from clipfast import tuning
-from clipfast.kernels import attention, attention_pool, contrastive, layer_norm, linear, patch_embed
+from clipfast.kernels import (
+    attention,
+    attention_pool,
+    contrastive,
+    layer_norm,
+    linear,
+    mlp_gradients,
+    patch_embed,
+    patch_embed_gradients,
+)
 from clipfast.packing import Rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,6 +50,9 @@ def launch_layer_norm() -> None:
                 x = empty(n_rows, width, dtype=dtype)
                 for residual in (None, x):
                     layer_norm.layer_norm_fwd(x, residual, weight, weight, 1e-5)
+                _, mean, rstd = layer_norm.layer_norm_train_fwd(x, weight, weight, 1e-5)
+                for added in (None, x):
+                    layer_norm.layer_norm_bwd(x, x, mean, rstd, weight, added)
 
 
 def launch_linear() -> None:
@@ -124,6 +136,28 @@ def launch_patch_embed() -> None:
                     patch_embed.patch_embed_fwd(images, weight, position[0], position, *moments, tf32)
 
 
+def launch_mlp_gradients() -> None:
+    for dtype, tf32 in PRECISIONS:
+        for n_rows in ROWS:
+            for width in (*WIDTHS, 600):
+                x, fc1 = empty(n_rows, width, dtype=dtype), empty(4 * width, width, dtype=dtype)
+                for activation in ("quick_gelu", "gelu"):
+                    pre, _ = mlp_gradients.expand_fwd(x, fc1, empty(4 * width, dtype=dtype), activation, tf32)
+                    mlp_gradients.hidden_bwd(x, fc1.t().contiguous(), pre, activation, tf32)
+
+
+def launch_patch_embed_gradients() -> None:
+    for dtype, tf32 in PRECISIONS:
+        mean = empty(3, dtype=torch.float32)
+        for width, patch, side in ((768, 32, 224), (768, 16, 224), (1024, 14, 224), (1024, 14, 336), (768, 32, 225)):
+            for batch in BATCHES:
+                grad = empty(batch, 1 + (side // patch) ** 2, width, dtype=dtype)
+                for pixels in (dtype, torch.uint8):
+                    moments = (mean, mean) if pixels == torch.uint8 else (None, None)
+                    images = empty(batch, 3, side, side, dtype=pixels)
+                    patch_embed_gradients.patch_weight_bwd(grad, images, *moments, patch, tf32)
+
+
 def launch_contrastive() -> None:
     for dtype, tf32 in PRECISIONS:
         for width in WIDTHS:
@@ -141,5 +175,7 @@ CASES: dict[str, Callable[[], None]] = {
     "attention": launch_attention,
     "attention_pool": launch_attention_pool,
     "patch_embed": launch_patch_embed,
+    "patch_embed_gradients": launch_patch_embed_gradients,
+    "mlp_gradients": launch_mlp_gradients,
     "contrastive": launch_contrastive,
 }

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils.checkpoint import checkpoint
 
 from clipfast import dispatch, graphs, ops
 from clipfast.inputs import check_images, check_same_device, check_text, mean_std, normalised, pair, refuse_nan_pixels
@@ -211,18 +213,23 @@ class Transformer(nn.Module):
             raise ValueError(f"a transformer of width {width} does not divide into {heads} heads")
         self.width = width
         self.layers = layers
+        self.grad_checkpointing = False
         self.resblocks = nn.Sequential(
             *[ResidualAttentionBlock(width, heads, attn_mask, activation=activation) for _ in range(layers)]
         )
 
     def forward(self, x: Tensor) -> Tensor:
         causal = self.short_way(len(x))
-        if causal is None:
+        if causal is None and not self.grad_checkpointing:
             return self.resblocks(x)
+        if causal is None:
+            for block in self.resblocks:
+                x = self._kept_or_again(block, x)
+            return x
         length, batch, width = x.shape
         rows, packed = Rows.fixed(batch, length), x.transpose(0, 1).reshape(batch * length, width)
         for block in self.resblocks:
-            packed = block.packed(packed, rows, causal)
+            packed = self._kept_or_again(block.packed, packed, rows, causal)
         return packed.view(batch, length, width).transpose(0, 1)
 
     def short_way(self, length: int) -> bool | None:
@@ -238,8 +245,14 @@ class Transformer(nn.Module):
     def pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
         """Packed rows [T, W] through every block; of the last one only the rows index [B]: -> [B, W]."""
         for block in self.resblocks[:-1]:
-            x = block.packed(x, rows, causal)
-        return self.resblocks[-1].pooled(x, rows, index)
+            x = self._kept_or_again(block.packed, x, rows, causal)
+        return self._kept_or_again(self.resblocks[-1].pooled, x, rows, index)
+
+    def _kept_or_again(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """A block's result; what its gradients need is kept, or with grad_checkpointing computed again."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
 
 class VisionTransformer(nn.Module):
@@ -478,6 +491,15 @@ class CLIP(nn.Module):
         x = self.transformer(x.transpose(0, 1)).transpose(0, 1)  # NLD -> LND -> NLD
         x = self.ln_final(x).to(self.dtype)
         return x[torch.arange(x.shape[0], device=x.device), text.argmax(dim=-1)] @ self.text_projection
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps a transformer block's input alone and computes the block again for its gradients.
+
+        Less memory for a quarter more work. A ModifiedResNet keeps everything: its BatchNorm would count twice.
+        """
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.grad_checkpointing = enable
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """-> (logits_per_image [I, T], logits_per_text [T, I])."""

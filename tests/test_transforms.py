@@ -25,6 +25,7 @@ from .clips import (
     make_pair,
     make_texts,
     make_trio,
+    randomise,
     weighted,
 )
 
@@ -252,6 +253,39 @@ def test_gradients_under_autocast():
         return dict(zip(leaves, torch.autograd.grad(weighted(*logits), leaves.values()), strict=True))
 
     assert_same_gradients(VIT, run)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["packed", "full rows"])
+def test_grad_checkpointing(hooked):
+    """open_clip's switch: the same gradients, and of each block its input alone is kept."""
+    images = make_images(VIT, 8)
+
+    def kept(m):
+        sizes = {}
+
+        def pack(x):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            logits = m(images, TEXTS)
+        return sum(sizes.values()), {n: p.grad for n, p in backward(m, logits)}
+
+    def backward(m, logits):
+        weighted(*logits).backward()
+        return m.named_parameters()
+
+    models = [randomise(clipfast.CLIP(*VIT)) for _ in range(2)]
+    for m in models if hooked else ():
+        m.transformer.resblocks[0].register_forward_hook(lambda *_: None)
+        m.visual.transformer.resblocks[0].register_forward_hook(lambda *_: None)
+    models[1].set_grad_checkpointing()
+    (most, plain), (least, again) = map(kept, models)
+    assert least < 0.6 * most
+    for name, grad in plain.items():
+        torch.testing.assert_close(again[name], grad, rtol=1e-6, atol=1e-7, msg=name)
+    models[1].set_grad_checkpointing(False)
+    assert kept(models[1])[0] == most
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipfast.kernels import eager, gradients
 from clipfast.packing import Rows
@@ -95,7 +96,10 @@ class _Attention(torch.autograd.Function):
         qkv, cast, out, *sums = ctx.saved_tensors
         causal, scale = ctx.causal, ctx.scale
         if torch.is_grad_enabled():
-            again = gradients.differentiably(lambda x: eager.attention(x, ctx.rows, causal, scale), (True,), grad, qkv)
+            with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused ones have no second derivative
+                again = gradients.differentiably(
+                    lambda x: eager.attention(x, ctx.rows, causal, scale), (True,), grad, qkv
+                )
             return *again, None, None, None
         dqkv = torch.empty_like(cast, memory_format=torch.contiguous_format)
         with gradients.no_autocast(qkv):
