@@ -16,6 +16,7 @@ from clipfast import tuning
 from clipfast.kernels import (
     attention,
     attention_pool,
+    clip_loss,
     contrastive,
     layer_norm,
     linear,
@@ -23,6 +24,7 @@ from clipfast.kernels import (
     patch_embed,
     patch_embed_gradients,
 )
+from clipfast.kernels.loss_tiles import Softmaxes
 from clipfast.packing import Rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -168,6 +170,21 @@ def launch_contrastive() -> None:
                         contrastive.logits_fwd(*features, empty(dtype=scale), tf32)
 
 
+def launch_clip_loss() -> None:
+    scale = empty(dtype=torch.float32)
+    for dtype, tf32 in PRECISIONS:
+        for width in (*WIDTHS, 129):
+            # one process, and two
+            for n_images, n_texts in ((1, 1), (7, 14), (16, 16), (32, 32), (256, 512), (1000, 1000), (32768, 32768)):
+                features = empty(n_images, width, dtype=dtype), empty(n_texts, width, dtype=dtype)
+                clip_loss.statistics_fwd(*features, scale, 0, tf32)
+        for sizes in ((1, 1), (7, 14), (32, 32), (1000, 2048), (2048, 2048)):
+            tile = empty(*sizes, dtype=torch.float32)
+            rows, cols = (Softmaxes(x, x, x) for x in (tile[:, 0].contiguous(), tile[0]))
+            for separate in (False, True):
+                clip_loss.gradients_bwd(tile, scale, rows, cols, separate, dtype)
+
+
 # kernel file -> what launches all of its kernels
 CASES: dict[str, Callable[[], None]] = {
     "layer_norm": launch_layer_norm,
@@ -178,4 +195,5 @@ CASES: dict[str, Callable[[], None]] = {
     "patch_embed_gradients": launch_patch_embed_gradients,
     "mlp_gradients": launch_mlp_gradients,
     "contrastive": launch_contrastive,
+    "clip_loss": launch_clip_loss,
 }

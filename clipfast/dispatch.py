@@ -21,8 +21,10 @@ from torch import Tensor
 
 from clipfast import reference, tuning
 from clipfast.kernels import eager, eager_gradients, library, native, onednn
+from clipfast.kernels.loss_autograd import contrastive_loss
 
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
+LOSSES = ("contrastive_loss",)
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -46,7 +48,7 @@ class Backend(NamedTuple):
     yields: Callable[[str, Call], str | None]  # the reason why the next backend is the better one, None if it is not
     # by name, for such a call; a function, so that Triton is imported when it is needed
     operators: Callable[[Call], Mapping[str, Callable[..., Any]]]
-    has: tuple[str, ...] = OPERATORS
+    has: tuple[str, ...] = (*OPERATORS, *LOSSES)
 
 
 class Decision(NamedTuple):
@@ -64,7 +66,7 @@ def _never(operator: str, call: Call) -> str | None:
 
 
 # operators whose Triton kernels have gradients (clipfast.kernels.fused_gradients)
-_WITH_GRADIENTS = ("layer_norm", "linear", "mlp", "attention", "patch_embed", "project")
+_WITH_GRADIENTS = ("layer_norm", "linear", "mlp", "attention", "patch_embed", "project", *LOSSES)
 
 
 def _not_eager(call: Call, *, grad: bool = False) -> str | None:
@@ -133,21 +135,28 @@ def _triton_yields(operator: str, call: Call) -> str | None:
 def _triton_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
     from clipfast.kernels import fused, fused_gradients
 
-    return fused_gradients.OPERATORS if call.grad else fused.TRITON
+    return fused.TRITON | fused_gradients.OPERATORS if call.grad else fused.TRITON
+
+
+def _torch_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
+    plain = {name: getattr(eager, name) for name in OPERATORS}
+    plain["contrastive_loss"] = functools.partial(contrastive_loss, "torch")
+    # what traces or transforms PyTorch's operators must see them, not our gradients
+    return plain | eager_gradients.OPERATORS if call.grad and not call.traced else plain
 
 
 def _cuda_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
     return {"patch_embed": native.patch_embed}
 
 
-def _torch_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
-    plain = {name: getattr(eager, name) for name in OPERATORS}
-    # what traces or transforms PyTorch's operators must see them, not our gradients
-    return plain | eager_gradients.OPERATORS if call.grad and not call.traced else plain
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The backends, in order of preference; "reference" runs only when forced
+
+
+def _reference_loss(image, text, scale, bias, processes):
+    if processes is not None:
+        raise RuntimeError("backend 'reference' cannot run contrastive_loss: it knows of one process")
+    return reference.contrastive_loss(image, text, scale, bias)
 
 
 def _reference_patch_embed(images, weight, first, positions, mean, std, norm_weight, norm_bias, eps):
@@ -165,6 +174,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "patch_embed": _reference_patch_embed,
     "project": reference.project,
     "logits": reference.logits,
+    "contrastive_loss": _reference_loss,
 }
 _ONEDNN = ("linear", "mlp", "patch_embed", "project")
 
@@ -270,6 +280,7 @@ _FACTS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "patch_embed": lambda images, weight, *_: (str(images.dtype), *weight.shape),
     "project": lambda x, nw, nb, projection, eps: (_one_dtype(x, projection),),
     "logits": lambda images, texts, scale: (_one_dtype(images, texts),),
+    "contrastive_loss": lambda images, *_: (images.shape[1],),
 }
 
 
@@ -327,6 +338,8 @@ def run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments
             from clipfast.kernels import fused
 
             return fused.TRITON[operator](*arguments)
+        if operator in LOSSES:
+            return contrastive_loss("torch", *arguments)
         return getattr(eager, operator)(*arguments)
     key = (operator, _forced.get(), _call(operator, x, tensors, arguments))
     decision = _decisions.get(key)
@@ -368,7 +381,7 @@ def explain(device: str | None = None, dtype: torch.dtype = torch.float32, *, gr
     place = torch.device(device)
     architecture = tuning.architecture(place) if place.type == "cuda" else 0
     call = Call(place.type, dtype, grad, onednn=torch.backends.mkldnn.enabled, architecture=architecture)
-    return Explanation((name, call, None, decide(name, None, call)) for name in OPERATORS)
+    return Explanation((name, call, None, decide(name, None, call)) for name in (*OPERATORS, *LOSSES))
 
 
 def _short(dtype: torch.dtype) -> str:

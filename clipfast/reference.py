@@ -219,6 +219,27 @@ def logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | 
     return per_image, per_image.t()
 
 
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+) -> Tensor:
+    """Mean of the cross-entropies of every image among the texts and of every text among the images.
+
+    image_features, text_features: [N, E], normalised by the caller; pairs have the same row.
+    logit_scale, logit_bias:       scalars; logits are scale * cosine + bias.
+    Returns:                       scalar.
+    Source:                        Radford et al. 2021, Learning Transferable Visual Models, figure 3.
+    """
+    logits = logit_scale * (image_features @ text_features.t())
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    per_image = logits.logsumexp(1) - logits.diagonal()
+    per_text = logits.logsumexp(0) - logits.diagonal()
+    return (per_image.mean() + per_text.mean()) / 2
+
+
 def encode_image(
     state_dict: Mapping[str, Tensor],
     images: Tensor,

@@ -252,6 +252,47 @@ def patch_weight_bwd(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Contrastive loss
+
+
+def loss_side(device: torch.device) -> int:
+    """Rows and columns of the tiles of logits that are held at a time, three of them at most.
+
+    4 MB each in float32 on a CPU, where they should stay in the cache between the dozen passes over them; 16 MB on a
+    GPU, where a tile must be worth its launches. Neither depends on the batch.
+    """
+    return 1024 if device.type == "cpu" else 2048
+
+
+@dataclass(frozen=True)
+class LossStatisticsConfig:
+    tile: TileConfig
+    blocks: int  # of rows that a launch covers: each leaves two float32 for every column
+    tiles: int  # of columns that a program passes over
+
+
+def loss_statistics(n_images: int, n_texts: int, dtype: torch.dtype, architecture: int) -> LossStatisticsConfig:
+    """16 MB of partial results of the columns at most, and two programs for every multiprocessor where there are."""
+    arch = known(architecture)
+    if dtype == torch.float32:
+        tile = TileConfig(64, 64, 16, warps=8, stages=3)
+    elif n_images <= 256:
+        tile = TileConfig(16 if n_images <= 16 else 64, 64, 64, warps=4 if n_images <= 16 else 8, stages=3)
+    else:
+        # a tile's columns are read once for each block of rows: few and large blocks
+        tile = TileConfig(128, 64, 64, warps=8, stages=3)
+    blocks = min(-(-n_images // tile.block_m), max(1, (16 << 20) // (8 * n_texts)))
+    tiles = -(-n_texts // tile.block_n)
+    parts = min(tiles, -(-2 * MULTIPROCESSORS[arch] // blocks))
+    return LossStatisticsConfig(tile, blocks, -(-tiles // parts))
+
+
+def loss_gradients(dtype: torch.dtype, architecture: int) -> TileConfig:
+    """Bound by reading and writing the tile: 16 elements a thread. There is no product in it, and no block_k."""
+    return TileConfig(32, 64, 0, warps=4, stages=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
 

@@ -186,7 +186,7 @@ def test_explain_before_anything_ran():
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", torch.device("cuda", 0)])
 def test_explain_of_a_device_that_is_not_here(device):
     rows = clipfast.explain(device, torch.float16)
-    assert [row[0] for row in rows] == list(OPERATORS)
+    assert [row[0] for row in rows] == [*OPERATORS, "contrastive_loss"]
     for name, call, _, decision in rows:
         assert call.device == torch.device(device).type
         assert decision.backend in (("cuda", "triton") if call.device == "cuda" else ("torch",))
@@ -233,7 +233,7 @@ def test_a_gpu_without_triton(monkeypatch):
         _decide(forced="triton")
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [*OPERATORS, "contrastive_loss"])
 @pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 103, 120])
 def test_on_a_gpu_the_kernels_run(name, architecture, monkeypatch):
     monkeypatch.setattr(dispatch.native, "missing", lambda: "not built")
