@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -66,3 +67,14 @@ def transformers_clip() -> ModuleType:
 def open_clip() -> ModuleType:
     """The module `open_clip` (distribution `open_clip_torch`)."""
     return _import_or_skip("open_clip", "open_clip_torch")
+
+
+def open_clip_loss() -> type[torch.nn.Module]:
+    """open_clip's ClipLoss alone: the rest of open_clip takes seconds to import, in every process."""
+    if not _installed("open_clip"):
+        _give_up("open_clip_torch is not installed")
+    (folder,) = importlib.util.find_spec("open_clip").submodule_search_locations
+    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(folder) / "loss.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ClipLoss
