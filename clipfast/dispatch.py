@@ -358,9 +358,9 @@ class Explanation(list[tuple[str, Call, str | None, Decision]]):
     def __str__(self) -> str:
         if not self:
             return "no operator has run yet"
-        lines = [f"{'operator':<15} {'on':<14} {'runs on':<10} others"]
+        lines = [f"{'operator':<17} {'on':<14} {'runs on':<10} others"]
         lines += dict.fromkeys(  # calls that differ only in what the table does not show are one line
-            f"{operator:<15} {call.device + ' ' + _short(call.dtype):<14} {decision.backend + '!' * bool(forced):<10} "
+            f"{operator:<17} {call.device + ' ' + _short(call.dtype):<14} {decision.backend + '!' * bool(forced):<10} "
             + "; ".join(f"{name}: {why}" for name, why in decision.others)
             for operator, call, forced, decision in self
         )

@@ -171,6 +171,7 @@ def _check_processes(features: Tensor, processes: Processes) -> None:
             f"rank {processes.rank} of world_size {processes.world_size} expected, "
             f"but this process is rank {found[0]} of {found[1]}"
         )
+    # where shapes differ, gathering the features would hang, or mix their rows
     mine = torch.tensor(features.shape, device=features.device)
     everyone = [torch.empty_like(mine) for _ in range(processes.world_size)]
     dist.all_gather(everyone, mine)

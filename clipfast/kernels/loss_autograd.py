@@ -100,12 +100,10 @@ def _wide(scale: Tensor, image: Tensor) -> Tensor:
 def _gradients(ctx, of_loss, image, text, scale, texts, rows, cols):
     """Of image, text and scale.   of_loss: [], wide."""
     processes = ctx.processes
-    n, n_all = len(image), len(cols.sums)
-    wide_scale = _wide(scale, image)
-    of_mean = of_loss / (2 * n_all)  # of each row's and column's loss
-    of_image = of_mean
-    if processes is not None and processes.local_loss:
-        of_image = of_mean = of_loss / (2 * n)
+    n, wide_scale = len(image), _wide(scale, image)
+    local = processes is None or processes.local_loss
+    # of each row's and column's loss
+    of_image = of_mean = of_loss / (2 * (n if local else len(cols.sums)))
     if processes is not None and processes.gather_with_grad:
         # the features' gradients are those of the sum over processes of each one's loss times its own of_loss
         of_all = _gather(of_mean.reshape(1), processes)
@@ -126,7 +124,7 @@ def _gradients(ctx, of_loss, image, text, scale, texts, rows, cols):
     if processes is not None:
         of_texts = _reduce_scatter(of_texts, processes) if wants[1] else of_texts
         of_cols = _reduce(of_cols)
-    if processes is None or processes.local_loss:
+    if local:
         of_scale = of_rows.sum() + of_cols[mine].sum()
     else:
         of_scale = _reduce(of_rows.sum()) + of_cols.sum()
@@ -179,5 +177,5 @@ def _reduce_scatter(x: Tensor, processes: Processes) -> Tensor:
         mine = x.new_empty(n, *x.shape[1:])
         dist.reduce_scatter_tensor(mine, x)
         return mine
-    # gloo learned it in some releases only
-    return _reduce(x)[processes.rank * n : (processes.rank + 1) * n]
+    # gloo learned it in some releases only; a copy, or the gradient would keep everyone's alive
+    return _reduce(x)[processes.rank * n : (processes.rank + 1) * n].clone()

@@ -143,7 +143,7 @@ def _transform(
 
 
 def _set_labels(by_rows: Tensor, by_cols: Tensor, scale: Tensor, rows: Softmaxes, cols: Softmaxes, first: int) -> None:
-    """Completes G: p - 1 at the labels, where p may be one to the last digit.   first: column of row 0's label."""
+    """Completes G: p - 1 at the labels, before rounding to G's dtype.   first: column of row 0's label."""
     on_rows, at = diagonal(by_rows, first)
     if not len(on_rows):
         return
