@@ -42,6 +42,21 @@ def test_against_float64(n, width, scale, dtype, device, poisoned_memory, small_
         assert_accurate(*each, what=name)
 
 
+@pytest.mark.parametrize("loss", [triton_loss, contrastive_loss], ids=["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_products_in_half_precision(dtype, loss, device, poisoned_memory, small_launches, monkeypatch):
+    """As on a GPU: operands are half precision, so the logits' gradients are rounded to it; sums are float32."""
+    if device == "cpu":
+        monkeypatch.setattr(loss_tiles, "_half_products", lambda x: x.dtype.itemsize == 2)
+        monkeypatch.setattr(loss_tiles, "_product", lambda a, b: a.float() @ b.float())
+    image, text = (x.to(device) for x in features(83, 64, noise=3.0, dtype=dtype))
+    scale = torch.tensor(30.0, device=device)
+    exact = with_gradients(reference.contrastive_loss, image.double(), text.double(), scale.double())
+    found, theirs = (with_gradients(f, image, text, scale) for f in (loss, peer_loss))
+    for name, *each in zip(("loss", "image", "text", "scale"), found, theirs, exact, strict=True):
+        assert_accurate(*each, what=name)
+
+
 @pytest.mark.parametrize("n", [16, 130, 300])
 def test_the_configurations_that_tuning_returns(n, device, poisoned_memory):
     """A block of 16, of 64 and of 128 rows."""
