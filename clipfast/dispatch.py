@@ -307,16 +307,16 @@ def _call(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], argument
 
 
 @torch.compiler.assume_constant_result
-def _compiled_on(operator: str, device: str, dtype: torch.dtype, grad: bool, autocast: bool, facts: tuple) -> str:
+def _compiled_on(operator: str, device: str, dtype: torch.dtype, autocast: bool, facts: tuple) -> str:
     """The backend of an operator in a graph that torch.compile traces: our registered kernels or PyTorch's own.
+
+    Without gradients: those PyTorch's compiler derives itself, and fuses what ours fuse by hand.
 
     The number of rows may differ from call to call of one graph, so it does not count here.
     """
-    call = Call(device, dtype, grad, False, autocast, shape=facts)
+    call = Call(device, dtype, autocast=autocast, shape=facts)
     if device == "cuda":
         call = call._replace(architecture=tuning.architecture(torch.device(device)))
-    if grad:  # PyTorch's compiler derives them, and fuses what our gradients fuse by hand
-        return "torch"
     name = decide(operator, None, call).backend
     return name if name in ("cuda", "triton") else "torch"
 
@@ -331,7 +331,7 @@ def run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments
         device = x.device.type
         facts = _FACTS[operator](*arguments) if device == "cuda" else ()
         autocast = device != "meta" and torch.is_autocast_enabled(device)
-        name = _compiled_on(operator, device, x.dtype, grad, autocast, facts)
+        name = "torch" if grad else _compiled_on(operator, device, x.dtype, autocast, facts)
         if name == "cuda":
             return native.patch_embed(*arguments)
         if name == "triton":

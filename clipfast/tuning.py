@@ -120,11 +120,18 @@ def rows_bucket(n_rows: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def linear(
-    n_rows: int, n_cols: int, n_terms: int, dtype: torch.dtype, architecture: int, *, described: bool
+    n_rows: int,
+    n_cols: int,
+    n_terms: int,
+    dtype: torch.dtype,
+    architecture: int,
+    *,
+    described: bool,
+    pre: bool = False,
 ) -> LinearConfig:
     """Configuration of y[n_rows, n_cols] = x[n_rows, n_terms] @ weight.T.
 
-    described: rows are 16-byte aligned, so that tensor descriptors can be made.
+    described: rows are 16-byte aligned, so that tensor descriptors can be made.   pre: the pre-activation is stored.
     """
     arch = known(architecture)
     measured = MEASURED_LINEAR.get((arch, dtype, rows_bucket(n_rows), n_cols, n_terms))
@@ -132,8 +139,10 @@ def linear(
         return measured
     if dtype == torch.float32:
         # no tensor cores in true float32: fused multiply-adds on a tile that fits the registers. 64 x 64 in 4 warps, or
-        # 16 x 64, spill one where rows are not 16-byte aligned (compile report)
-        return LinearConfig(64, 64, 32, warps=8, stages=3) if n_rows > 16 else LinearConfig(16, 32, 64, 4, 3)
+        # 16 x 64, spill one where rows are not 16-byte aligned, and with a pre-activation stored beside 8 warps do too
+        # (compile report)
+        block_n = 32 if pre else 64
+        return LinearConfig(64, block_n, 32, warps=8, stages=3) if n_rows > 16 else LinearConfig(16, 32, 64, 4, 3)
     if n_rows <= FEW_ROWS:
         return _linear_of_few_rows(n_rows, n_cols, n_terms, arch)
     if arch in (90, 100) and described:
@@ -211,12 +220,12 @@ def logits(n_images: int, n_texts: int, dtype: torch.dtype, architecture: int) -
 
 
 def hidden_bwd(n_rows: int, dtype: torch.dtype, architecture: int) -> TileConfig:
-    """128 x 128 tiles: the epilogue reads one such tile and writes two, so more would wait for memory at its end."""
+    """128 x 64 tiles: the epilogue holds a second one and what it makes of both; 128 x 128 spills (compile report)."""
     if dtype == torch.float32:
         return TileConfig(64 if n_rows > 16 else 16, 64, 32, warps=8, stages=2)
     if n_rows <= FEW_ROWS:
         return TileConfig(16 if n_rows <= 16 else 64, 64, 64, warps=4, stages=3)
-    return TileConfig(128, 128, 64 if SHARED_MEMORY[known(architecture)] > 100 << 10 else 32, warps=8, stages=3)
+    return TileConfig(128, 64, 64 if SHARED_MEMORY[known(architecture)] > 100 << 10 else 32, warps=8, stages=3)
 
 
 def patch_embed(n_rows: int, n_cols: int, patch: int, dtype: torch.dtype, architecture: int) -> TileConfig:

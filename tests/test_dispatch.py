@@ -205,7 +205,7 @@ def _decide(operator="linear", forced=None, **facts):
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"grad": True}, "a gradient is wanted"),
+        ({"operator": "attention_pool", "grad": True}, "a gradient is wanted"),
         ({"traced": True}, "not traceable"),
         ({"autocast": True}, "autocast is on"),
         ({"dtype": torch.float64}, "no float64 kernels"),
@@ -245,7 +245,8 @@ def test_the_cuda_library_comes_first_where_it_is_built(monkeypatch):
     assert _decide("patch_embed") == ("cuda", "cuda comes first")
     assert _decide("linear") == ("triton", None)
     assert _decide("linear", forced="cuda")[0] == "torch", "which has what it has not"
-    for facts in ({"grad": True}, {"architecture": 75}, {"dtype": torch.float64}):
+    assert _decide("patch_embed", grad=True)[0] == "triton", "which has gradients"
+    for facts in ({"architecture": 75}, {"dtype": torch.float64}):
         assert _decide("patch_embed", **facts)[0] == "torch"
 
 
@@ -314,8 +315,9 @@ def test_a_compiled_graph_holds_the_kernels(device, monkeypatch):
 
 
 @torch.compiler.assume_constant_result
-def _compiled_as_on_a_gpu(operator, device, dtype, grad, autocast, facts):
-    return dispatch.decide(operator, None, dispatch.Call("cuda", dtype, grad, False, autocast, architecture=90)).backend
+def _compiled_as_on_a_gpu(operator, device, dtype, autocast, facts):
+    call = dispatch.Call("cuda", dtype, autocast=autocast, architecture=90)
+    return dispatch.decide(operator, None, call).backend
 
 
 @needs_onednn

@@ -237,7 +237,8 @@ def linear_fwd(
         return y
     if config is None:
         described = _describable(x) and _describable(weight) and _describable(y)
-        config = tuning.linear(n_rows, n_cols, n_terms, x.dtype, tuning.architecture(x.device), described=described)
+        arch, keep = tuning.architecture(x.device), pre is not None
+        config = tuning.linear(n_rows, n_cols, n_terms, x.dtype, arch, described=described, pre=keep)
     epilogue = {
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
