@@ -15,6 +15,7 @@ from torch import Tensor
 from clipfast import tuning
 from clipfast.kernels import (
     attention,
+    attention_plan,
     attention_pool,
     clip_loss,
     contrastive,
@@ -105,12 +106,15 @@ def launch_attention() -> None:
 
 def _launch_attention(rows: Rows, causal: bool, qkv: Tensor, tf32: bool) -> None:
     heads, width = qkv.shape[2:]
-    plan = attention.plan(rows, causal, heads, width, qkv.dtype, tf32, tuning.architecture(qkv.device))
+    plan = attention_plan.plan(rows, causal, heads, width, qkv.dtype, tf32, tuning.architecture(qkv.device))
     programs, scale = plan.programs.to("meta"), width**-0.5
-    if plan.spans is None:
-        attention.attention_stream_fwd(qkv, programs, causal, scale, plan.block, plan.peel, plan.tail, tf32)
-    else:
-        attention.attention_tile_fwd(qkv, programs, plan.spans.to("meta"), causal, scale, plan.block, tf32)
+    for lse in (None, empty(heads, rows.total, dtype=torch.float32)):
+        if plan.spans is None:
+            sizes = (plan.block, plan.peel, plan.tail)
+            attention.attention_stream_fwd(qkv, programs, causal, scale, *sizes, tf32, lse)
+        else:
+            spans = plan.spans.to("meta")
+            attention.attention_tile_fwd(qkv, programs, spans, causal, scale, plan.block, tf32, lse)
 
 
 def launch_attention_pool() -> None:

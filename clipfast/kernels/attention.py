@@ -10,16 +10,16 @@ Not yet run on a GPU.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast import packing, tuning
-from clipfast.kernels import library, linear
+from clipfast import tuning
+from clipfast.kernels import attention_plan, library, linear
 from clipfast.packing import Rows
 
 LOG2_E = 1.4426950408889634
@@ -51,12 +51,15 @@ def _attention_tile_kernel(
     tiles_ptr,
     spans_ptr,
     out_ptr,
+    lse_ptr,
+    n_rows,
     n_heads,
     stride_row,
     stride_which,
     stride_head,
     scale_log2,
     IS_CAUSAL: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,8 +82,11 @@ def _attention_tile_kernel(
     # scaled in the multiply-add of the exponent: whatever is rounded in row_max cancels in the quotient
     row_max = tl.max(scores, axis=1) * scale_log2
     p = tl.exp2(scores * scale_log2 - row_max[:, None])
-    y = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / tl.sum(p, axis=1)[:, None]
+    row_sum = tl.sum(p, axis=1)
+    y = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / row_sum[:, None]
     _store_rows(out_ptr, y, rows, end, head, n_heads, HEAD_DIM, BLOCK_D)
+    if WITH_LSE:
+        tl.store(lse_ptr + head.to(tl.int64) * n_rows + rows, row_max + tl.log2(row_sum), mask=rows < end)
 
 
 @triton.jit
@@ -132,12 +138,15 @@ def _attention_stream_kernel(
     qkv_ptr,
     blocks_ptr,
     out_ptr,
+    lse_ptr,
+    n_rows,
     n_heads,
     stride_row,
     stride_which,
     stride_head,
     scale_log2,
     IS_CAUSAL: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -182,14 +191,24 @@ def _attention_stream_kernel(
             IS_CAUSAL, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_TAIL, True,
         )  # fmt: skip
     _store_rows(out_ptr, acc / row_sum[:, None], rows, k_end, head, n_heads, HEAD_DIM, BLOCK_D)
+    if WITH_LSE:
+        tl.store(lse_ptr + head.to(tl.int64) * n_rows + rows, row_max + tl.log2(row_sum), mask=rows < k_end)
 
 
 def attention_tile_fwd(
-    qkv: Tensor, tiles: Tensor, spans: Tensor, causal: bool, scale: float, block: int, tf32: bool
+    qkv: Tensor,
+    tiles: Tensor,
+    spans: Tensor,
+    causal: bool,
+    scale: float,
+    block: int,
+    tf32: bool,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """qkv: [T, 3, H, D], last stride 1.   scale: above 0.   tf32: float32 operands rounded to 10 bits of mantissa.
 
     tiles: [n, 2] int32, `packing.tiles` for this block.   spans: [T, 2] int32, `packing.spans`.
+    lse: [H, T] float32, written if given: log2 of the sum of 2^(scale * log2(e) * q.k) over the keys that a row sees.
     Returns: [T, H * D] contiguous, dtype of qkv; rows in no tile are left unwritten.
     """
     n_rows, _, n_heads, width = qkv.shape
@@ -201,10 +220,13 @@ def attention_tile_fwd(
             tiles,
             spans,
             out,
+            out if lse is None else lse,
+            n_rows,
             n_heads,
             *qkv.stride()[:3],
             scale * LOG2_E,
             IS_CAUSAL=causal,
+            WITH_LSE=lse is not None,
             PRECISION="tf32" if tf32 else "ieee",
             HEAD_DIM=width,
             BLOCK_D=tuning.attention_columns(width),
@@ -216,10 +238,19 @@ def attention_tile_fwd(
 
 
 def attention_stream_fwd(
-    qkv: Tensor, blocks: Tensor, causal: bool, scale: float, block_m: int, peel: bool, tail: int, tf32: bool
+    qkv: Tensor,
+    blocks: Tensor,
+    causal: bool,
+    scale: float,
+    block_m: int,
+    peel: bool,
+    tail: int,
+    tf32: bool,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """qkv, scale, tf32: as for `attention_tile_fwd`.   blocks: [n, 3] int32, `packing.query_blocks` for this block_m.
+    """qkv, scale, tf32, lse: as for `attention_tile_fwd`.
 
+    blocks: [n, 3] int32, `packing.query_blocks` for this block_m.
     peel: the first key of each sequence is taken alone.   tail: keys in the blocks that need a mask; 0 if none does.
     Returns: [T, H * D] contiguous, dtype of qkv; rows in no block are left unwritten.
     """
@@ -231,10 +262,13 @@ def attention_stream_fwd(
             qkv,
             blocks,
             out,
+            out if lse is None else lse,
+            n_rows,
             n_heads,
             *qkv.stride()[:3],
             scale * LOG2_E,
             IS_CAUSAL=causal,
+            WITH_LSE=lse is not None,
             PRECISION="tf32" if tf32 else "ieee",
             HEAD_DIM=width,
             BLOCK_D=tuning.attention_columns(width),
@@ -248,82 +282,65 @@ def attention_stream_fwd(
     return out
 
 
+def _with_lse(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        # [H, T], not [T, H]: a program holds one head, and its rows lie side by side
+        lse = torch.empty((qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
+        return forward(qkv, *arguments, lse), lse
+
+    return run
+
+
 def _attention_fake(qkv: Tensor, *_: object) -> Tensor:
     return qkv.new_empty((qkv.shape[0], qkv.shape[2] * qkv.shape[3]))
 
 
-_attention_tile = library.define(
-    "attention_tile(Tensor qkv, Tensor tiles, Tensor spans, bool causal, float scale, int block, bool tf32) -> Tensor",
-    attention_tile_fwd,
-    _attention_fake,
+def _with_lse_fake(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _attention_fake(qkv), qkv.new_empty((qkv.shape[2], qkv.shape[0]), dtype=torch.float32)
+
+
+_TILE = "(Tensor qkv, Tensor tiles, Tensor spans, bool causal, float scale, int block, bool tf32)"
+_STREAM = "(Tensor qkv, Tensor blocks, bool causal, float scale, int block_m, bool peel, int tail, bool tf32)"
+_attention_tile = library.define(f"attention_tile{_TILE} -> Tensor", attention_tile_fwd, _attention_fake)
+_attention_stream = library.define(f"attention_stream{_STREAM} -> Tensor", attention_stream_fwd, _attention_fake)
+_attention_tile_lse = library.define(
+    f"attention_tile_lse{_TILE} -> (Tensor, Tensor)", _with_lse(attention_tile_fwd), _with_lse_fake
 )
-_attention_stream = library.define(
-    "attention_stream(Tensor qkv, Tensor blocks, bool causal, float scale, int block_m, bool peel, int tail, "
-    "bool tf32) -> Tensor",
-    attention_stream_fwd,
-    _attention_fake,
+_attention_stream_lse = library.define(
+    f"attention_stream_lse{_STREAM} -> (Tensor, Tensor)", _with_lse(attention_stream_fwd), _with_lse_fake
 )
-
-
-class Plan(NamedTuple):
-    """What each program of a launch works on."""
-
-    block: int  # rows of a tile, or of a block of queries
-    programs: Tensor  # [n, 2] tiles, or [n, 3] blocks of queries
-    spans: Tensor | None  # [T, 2] for tiles: first row and end of each row's sequence
-    peel: bool = False
-    tail: int = 0
-
-
-def plan(rows: Rows, causal: bool, heads: int, width: int, dtype: torch.dtype, tf32: bool, architecture: int) -> Plan:
-    """The plan for these rows, on the CPU; of stable rows, filled up with programs that have nothing to do."""
-    longest, n_sequences = max(rows.lengths, default=0), len(rows.lengths)
-    if rows.stable and longest <= 128:
-        longest = min(128, rows.total)  # no choice may depend on the lengths
-    n_programs = n_sequences * heads
-    block = tuning.attention_tile_block(longest, n_programs, width, dtype, architecture, tf32=tf32)
-    if block:
-        tiles, spans = packing.tiles(rows.lengths, block), packing.spans(rows.lengths)
-        # neighbouring tiles together hold more than one block, or they would be one
-        return Plan(block, _filled(tiles, min(n_sequences, 2 * rows.total // (block + 1) + 1), rows), spans)
-    block = tuning.attention_stream_block(longest, n_programs, width, dtype, architecture, tf32=tf32)
-    blocks = _filled(packing.query_blocks(rows.lengths, block), rows.total // block + n_sequences, rows)
-    block_n = tuning.attention_stream(block, width, dtype, architecture, tf32=tf32).block_n
-    return Plan(block, blocks, None, *_peel_and_tail(rows.lengths, causal, block_n))
-
-
-def _filled(programs: Tensor, most: int, rows: Rows) -> Tensor:
-    return F.pad(programs, (0, 0, 0, most - len(programs))) if rows.stable else programs
-
-
-def _peel_and_tail(lengths: tuple[int, ...], causal: bool, block_n: int) -> tuple[bool, int]:
-    """Whether to take the first key alone, and how many keys a masked block needs to hold (0: nothing to mask)."""
-    if causal:
-        return False, block_n  # the diagonal is masked whatever the lengths
-    left_over = {length % block_n for length in set(lengths) if length}
-    if left_over == {1}:
-        return True, 0  # 257 and 577 are 256 + 1 and 576 + 1
-    most = max(left_over, default=0)
-    return False, max(16, 1 << (most - 1).bit_length()) if most else 0
-
-
-@torch.compiler.assume_constant_result  # a compiled graph holds the plan, not its making
-def _plan(rows: Rows, device: torch.device, *choices: Any) -> Plan:
-    return rows.derive(("attention", *choices), lambda rows: plan(rows, *choices), device)
 
 
 def attention(qkv: Tensor, rows: Rows, causal: bool, scale: float | None) -> Tensor:
     """As `clipfast.ops.attention`."""
-    heads, width = qkv.shape[2:]
-    scale = width**-0.5 if scale is None else scale
-    qkv = library.last_dim_contiguous(qkv)
+    qkv, scale = nonnegative_scale(library.last_dim_contiguous(qkv), scale)
+    return _planned(_attention_tile, _attention_stream, qkv, rows, causal, scale, linear.tf32_allowed(qkv))
+
+
+def attention_lse(qkv: Tensor, rows: Rows, causal: bool, scale: float, tf32: bool) -> tuple[Tensor, Tensor]:
+    """Attention and its row statistics, [H, T] float32 as `attention_tile_fwd` has them: what the backward needs.
+
+    qkv: last stride 1.   scale: not negative.
+    """
+    return _planned(_attention_tile_lse, _attention_stream_lse, qkv, rows, causal, scale, tf32)
+
+
+def nonnegative_scale(qkv: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """The same attention, with the sign of a negative scale in the queries; None is D ** -0.5."""
+    if scale is None:
+        return qkv, qkv.shape[-1] ** -0.5
     if scale < 0:
         # the kernels find the greatest score before they scale; nobody is in a hurry with a negative scale
-        qkv, scale = torch.cat([-qkv[:, :1], qkv[:, 1:]], dim=1), -scale
+        return torch.cat([-qkv[:, :1], qkv[:, 1:]], dim=1), -scale
+    return qkv, scale
+
+
+def _planned(tile: Any, stream: Any, qkv: Tensor, rows: Rows, causal: bool, scale: float, tf32: bool) -> Any:
     # under 0 all keys weigh the same, and under this too, but 0 x -inf would be NaN
     scale = max(scale, 1e-30)
-    tf32 = linear.tf32_allowed(qkv)
-    made = _plan(rows, qkv.device, causal, heads, width, qkv.dtype, tf32, tuning.architecture(qkv.device))
-    if made.spans is not None:
-        return _attention_tile(qkv, made.programs, made.spans, causal, scale, made.block, tf32)
-    return _attention_stream(qkv, made.programs, causal, scale, made.block, made.peel, made.tail, tf32)
+    heads, width = qkv.shape[2:]
+    architecture = tuning.architecture(qkv.device)
+    plan = attention_plan.on_device(rows, qkv.device, causal, heads, width, qkv.dtype, tf32, architecture)
+    if plan.spans is not None:
+        return tile(qkv, plan.programs, plan.spans, causal, scale, plan.block, tf32)
+    return stream(qkv, plan.programs, causal, scale, plan.block, plan.peel, plan.tail, tf32)

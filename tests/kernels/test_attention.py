@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from clipfast import packing, reference, tuning
 from clipfast.kernels import attention as module
+from clipfast.kernels import attention_plan, eager
 from clipfast.kernels import attention_pool as pool
-from clipfast.kernels import eager
 from clipfast.packing import Rows
 
 from ..accuracy import assert_accurate
@@ -124,7 +124,7 @@ def test_strides(length, causal, device):
 def test_many_short_captions_share_tiles(causal, device, poisoned_memory):
     lengths = [1 + i * 7 % 5 for i in range(60)]
     qkv = random_qkv(lengths, 1, 16, HALF)
-    made = module.plan(Rows(tuple(lengths)), causal, 12, 16, HALF, False, 90)
+    made = attention_plan.plan(Rows(tuple(lengths)), causal, 12, 16, HALF, False, 90)
     assert made.block == 64 and len(made.programs) < 4
     programs, spans = made.programs.to(device), made.spans.to(device)
     ours = module.attention_tile_fwd(qkv.to(device), programs, spans, causal, 0.25, made.block, False)
@@ -295,7 +295,7 @@ def test_spans_and_query_blocks(lengths, block):
     ],
 )
 def test_what_is_left_of_the_key_blocks(lengths, causal, wanted):
-    assert module._peel_and_tail(lengths, causal, 64) == wanted
+    assert attention_plan._peel_and_tail(lengths, causal, 64) == wanted
 
 
 @given(
@@ -312,7 +312,7 @@ def test_plans_of_stable_rows_differ_in_numbers_alone(lengths, data, choices):
         return
 
     def what_is_fixed(lengths):
-        made = module.plan(Rows(tuple(lengths), stable=True), True, 8, 64, *choices, 90)
+        made = attention_plan.plan(Rows(tuple(lengths), stable=True), True, 8, 64, *choices, 90)
         return [x.shape if isinstance(x, torch.Tensor) else x for x in made]
 
     assert what_is_fixed(lengths) == what_is_fixed(other)
