@@ -15,6 +15,8 @@ from torch import Tensor
 from clipfast import tuning
 from clipfast.kernels import (
     attention,
+    attention_backward,
+    attention_backward_stream,
     attention_plan,
     attention_pool,
     clip_loss,
@@ -91,6 +93,14 @@ def _launch_epilogues(x: Tensor, weight: Tensor, total: Tensor, tf32: bool, conf
 
 
 def launch_attention() -> None:
+    _over_attentions(_launch_attention)
+
+
+def launch_attention_backward() -> None:
+    _over_attentions(_launch_attention_backward)
+
+
+def _over_attentions(launch: Callable[[Rows, bool, Tensor, bool], None]) -> None:
     images = [(length,) * batch for length in (*LENGTHS, 82, 300) for batch in BATCHES]
     # captions cut at EOT: alike, and of every length
     longest = (7, 9, 16, 20, 33, 77)
@@ -101,7 +111,7 @@ def launch_attention() -> None:
     for dtype, tf32 in PRECISIONS:
         for heads, width in ((8, 64), (16, 64), (16, 80)):
             for rows, causal in cases:
-                _launch_attention(rows, causal, empty(rows.total, 3, heads, width, dtype=dtype), tf32)
+                launch(rows, causal, empty(rows.total, 3, heads, width, dtype=dtype), tf32)
 
 
 def _launch_attention(rows: Rows, causal: bool, qkv: Tensor, tf32: bool) -> None:
@@ -115,6 +125,17 @@ def _launch_attention(rows: Rows, causal: bool, qkv: Tensor, tf32: bool) -> None
         else:
             spans = plan.spans.to("meta")
             attention.attention_tile_fwd(qkv, programs, spans, causal, scale, plan.block, tf32, lse)
+
+
+def _launch_attention_backward(rows: Rows, causal: bool, qkv: Tensor, tf32: bool) -> None:
+    heads, width = qkv.shape[2:]
+    plan = attention_plan.backward_plan(rows, causal, heads, width, qkv.dtype, tf32, tuning.architecture(qkv.device))
+    out, lse = empty(rows.total, heads * width, dtype=qkv.dtype), empty(heads, rows.total, dtype=torch.float32)
+    saved, scale = (out, qkv, out, lse, plan.programs.to("meta")), width**-0.5
+    if plan.spans is None:
+        attention_backward_stream.attention_stream_bwd(*saved, causal, scale, plan.tail, tf32)
+    else:
+        attention_backward.attention_tile_bwd(*saved, plan.spans.to("meta"), causal, scale, plan.block, tf32)
 
 
 def launch_attention_pool() -> None:
@@ -194,6 +215,7 @@ CASES: dict[str, Callable[[], None]] = {
     "layer_norm": launch_layer_norm,
     "linear": launch_linear,
     "attention": launch_attention,
+    "attention_backward": launch_attention_backward,
     "attention_pool": launch_attention_pool,
     "patch_embed": launch_patch_embed,
     "patch_embed_gradients": launch_patch_embed_gradients,

@@ -379,6 +379,38 @@ def attention_stream(
     return AttentionStreamConfig(block_m, block_n, warps, stages=3 if half else 2)
 
 
+@dataclass(frozen=True)
+class AttentionBackwardConfig:
+    block: int  # rows that a program keeps: all of a tile, or its own queries or keys
+    inner: int  # rows that pass by at a time
+    warps: int
+    stages: int
+
+
+def attention_bwd_tile(block: int, width: int, dtype: torch.dtype) -> AttentionBackwardConfig | None:
+    """For the tiles of `attention_tile_block`; None if such a tile's gradient does not fit a program."""
+    narrow = attention_columns(width) <= 64
+    if not narrow and dtype.itemsize > 2 and block > 32:
+        return None  # 152 KB of shared memory for 64 such rows, and sm_86, 89 and 120 have 99 (compile report)
+    # 32 keys at a time take half the registers of 64, so that two blocks share a multiprocessor, one loading while one
+    # multiplies; 64 spill on sm_120 (compile report). No stages: a tile has four steps at most
+    return AttentionBackwardConfig(block, min(block, 32), warps=block // (16 if narrow else 8), stages=1)
+
+
+def attention_bwd_stream(width: int, dtype: torch.dtype, *, tf32: bool) -> AttentionBackwardConfig:
+    """For both kernels: one holds a block of queries, the other one of keys with two accumulators beside it.
+
+    64 rows waste less of 197, 257 and 577 than 128 would. Otherwise each size is the largest without a spill on any
+    architecture (compile report); in true float32 two stages keep the operands in shared memory, and one spills.
+    """
+    narrow = attention_columns(width) <= 64
+    if dtype.itemsize == 2:
+        return AttentionBackwardConfig(64, 32, warps=4 if narrow else 8, stages=3)
+    if narrow:
+        return AttentionBackwardConfig(64, 32 if _true_float32(dtype, tf32) else 16, warps=8, stages=2)
+    return AttentionBackwardConfig(16 if _true_float32(dtype, tf32) else 32, 16, warps=8, stages=2)
+
+
 def _true_float32(dtype: torch.dtype, tf32: bool) -> bool:
     return dtype == torch.float32 and not tf32
 

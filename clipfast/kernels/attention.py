@@ -190,9 +190,10 @@ def _attention_stream_kernel(
             q, acc, row_max, row_sum, rows, k_ptr, k_masked, k_last, k_end, stride_row, stride_which, scale_log2,
             IS_CAUSAL, PRECISION, HEAD_DIM, BLOCK_D, BLOCK_TAIL, True,
         )  # fmt: skip
-    _store_rows(out_ptr, acc / row_sum[:, None], rows, k_end, head, n_heads, HEAD_DIM, BLOCK_D)
+    y = acc / row_sum[:, None]
     if WITH_LSE:
         tl.store(lse_ptr + head.to(tl.int64) * n_rows + rows, row_max + tl.log2(row_sum), mask=rows < k_end)
+    _store_rows(out_ptr, y, rows, k_end, head, n_heads, HEAD_DIM, BLOCK_D)
 
 
 def attention_tile_fwd(

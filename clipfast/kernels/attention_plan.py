@@ -61,7 +61,24 @@ def _tail(lengths: tuple[int, ...], causal: bool, block: int) -> int:
     return max(16, 1 << (most - 1).bit_length()) if most else 0
 
 
+def backward_plan(
+    rows: Rows, causal: bool, heads: int, width: int, dtype: torch.dtype, tf32: bool, architecture: int
+) -> Plan:
+    """As `plan`: the same tiles, or blocks of rows that are the queries of one kernel and the keys of the other."""
+    forward = plan(rows, causal, heads, width, dtype, tf32, architecture)
+    if forward.spans is not None and tuning.attention_bwd_tile(forward.block, width, dtype):
+        return forward
+    config = tuning.attention_bwd_stream(width, dtype, tf32=tf32)
+    return Plan(config.block, _blocks(rows, config.block), None, False, _tail(rows.lengths, causal, config.inner))
+
+
 @torch.compiler.assume_constant_result  # a compiled graph holds the plan, not its making
 def on_device(rows: Rows, device: torch.device, *choices: Any) -> Plan:
     """`plan` with its tensors on the device, made once; choices: its arguments after the rows."""
     return rows.derive(("attention", *choices), lambda rows: plan(rows, *choices), device)
+
+
+@torch.compiler.assume_constant_result
+def backward_on_device(rows: Rows, device: torch.device, *choices: Any) -> Plan:
+    """As `on_device`, of `backward_plan`."""
+    return rows.derive(("attention_bwd", *choices), lambda rows: backward_plan(rows, *choices), device)
