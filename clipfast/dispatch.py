@@ -49,6 +49,7 @@ class Backend(NamedTuple):
     # by name, for such a call; a function, so that Triton is imported when it is needed
     operators: Callable[[Call], Mapping[str, Callable[..., Any]]]
     has: tuple[str, ...] = (*OPERATORS, *LOSSES)
+    without_gradients: tuple[str, ...] = ()  # operators that it has not where a gradient is wanted
 
 
 class Decision(NamedTuple):
@@ -63,10 +64,6 @@ def _never(operator: str, call: Call) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What each backend can do
-
-
-# operators whose Triton kernels have gradients (clipfast.kernels.fused_gradients)
-_WITH_GRADIENTS = ("layer_norm", "linear", "mlp", "attention", "patch_embed", "project", *LOSSES)
 
 
 def _not_eager(call: Call, *, grad: bool = False) -> str | None:
@@ -119,7 +116,7 @@ def _triton_refuses(operator: str, call: Call) -> str | None:
     products = ("linear", "mlp", "attention_pool", "project", "logits")
     if reason is None and operator in products and call.shape and not call.autocast:
         reason = None if call.shape[0] else "the operands differ in dtype"
-    return reason or _not_eager(call, grad=operator in _WITH_GRADIENTS)
+    return reason or _not_eager(call, grad=True)
 
 
 def _head_width_fits(width: int) -> bool:
@@ -180,7 +177,10 @@ _ONEDNN = ("linear", "mlp", "patch_embed", "project")
 
 _BACKENDS = (
     Backend("cuda", _cuda_refuses, _never, _cuda_operators, ("patch_embed",)),
-    Backend("triton", _triton_refuses, _triton_yields, _triton_operators),
+    # one row a sample, and one product a step: PyTorch's own gradients serve
+    Backend(
+        "triton", _triton_refuses, _triton_yields, _triton_operators, without_gradients=("attention_pool", "logits")
+    ),
     Backend("onednn", _onednn_refuses, _never, lambda call: {name: getattr(onednn, name) for name in _ONEDNN}, _ONEDNN),
     Backend("torch", _never, _never, _torch_operators),
     Backend("reference", _never, lambda operator, call: "runs only when forced", lambda call: _REFERENCE),
@@ -229,8 +229,13 @@ def runs_on(name: str, operators: tuple[str, ...], device: torch.device, dtype: 
 
 def decide(operator: str, forced: str | None, call: Call) -> Decision:
     """The forced backend if it has the operator, else the first that neither refuses nor yields; why not the others."""
-    able = {known.name: known for known in _BACKENDS if operator in known.has}
-    reasons = {name: "does not have this operator" for name in NAMES if name not in able}
+    able = {
+        known.name: known
+        for known in _BACKENDS
+        if operator in known.has and not (call.grad and operator in known.without_gradients)
+    }
+    gradients = " with gradients" * call.grad
+    reasons = {name: f"does not have this operator{gradients}" for name in NAMES if name not in able}
     reasons |= {name: reason for name, known in able.items() if (reason := known.refuses(operator, call))}
     if forced in able and forced in reasons:
         raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reasons[forced]}")

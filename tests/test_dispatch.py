@@ -205,7 +205,6 @@ def _decide(operator="linear", forced=None, **facts):
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"operator": "attention_pool", "grad": True}, "a gradient is wanted"),
         ({"traced": True}, "not traceable"),
         ({"autocast": True}, "autocast is on"),
         ({"dtype": torch.float64}, "no float64 kernels"),
@@ -224,6 +223,16 @@ def test_what_the_triton_kernels_refuse(facts, reason):
     assert backend == "torch" and reason in why
     with pytest.raises(RuntimeError, match=f"'triton' cannot run .*{reason}"):
         _decide(forced="triton", **facts)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_triton_kernels_with_gradients(name):
+    """All but those of one row a sample, which PyTorch runs, forced or not."""
+    missing = name in ("attention_pool", "logits")
+    for forced in (None, "triton"):
+        backend, why = _decide(name, forced, grad=True, autocast=True)
+        assert backend == ("torch" if missing else "triton")
+        assert why == ("does not have this operator with gradients" if missing else None)
 
 
 def test_a_gpu_without_triton(monkeypatch):

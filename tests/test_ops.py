@@ -68,10 +68,6 @@ FORWARD = [
 ]
 
 
-def _inference_only(backend: str, name: str) -> bool:
-    return backend == "triton" and CASES[name].operator in ("attention_pool", "logits")
-
-
 @pytest.mark.parametrize(("name", "dtype", "backend"), FORWARD)
 def test_forward(name, dtype, backend, device, poisoned_memory):
     case = case_in(name, dtype).on(device if backend == "triton" else "cpu")
@@ -84,7 +80,7 @@ def test_forward(name, dtype, backend, device, poisoned_memory):
     assert all(torch.equal(x, y) for x, y in zip(before, case.tensors(), strict=True)), "an argument was overwritten"
 
 
-GRADIENTS = [p for p in FORWARD if p.values[2] != "onednn" and not _inference_only(p.values[2], p.values[0])]
+GRADIENTS = [p for p in FORWARD if p.values[2] != "onednn"]
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), GRADIENTS)

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from clipfast.kernels import eager, gradients, layer_norm, library, linear, mlp_gradients, patch_embed_gradients
+from clipfast.kernels import (
+    attention_backward,
+    eager,
+    gradients,
+    layer_norm,
+    library,
+    linear,
+    mlp_gradients,
+    patch_embed_gradients,
+)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -88,11 +97,11 @@ def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tenso
     return norm(x, norm_weight, norm_bias, eps) @ projection
 
 
-# `attention` is that of clipfast.kernels.attention_backward; the rest is left to PyTorch where gradients are wanted
 OPERATORS: dict[str, Callable[..., Any]] = {
     "layer_norm": norm,
     "linear": product,
     "mlp": mlp,
+    "attention": attention_backward.attention,
     "patch_embed": patch_embed,
     "project": project,
 }

@@ -11,7 +11,17 @@ import clipfast
 
 from .. import peers
 from ..accuracy import assert_accurate, assert_embeddings
-from ..clips import PUBLISHED, convert, exact_features, make_images, make_pair, make_texts
+from ..clips import (
+    PUBLISHED,
+    VIT,
+    assert_same_gradients,
+    convert,
+    exact_features,
+    make_images,
+    make_pair,
+    make_texts,
+    weighted,
+)
 
 VITS = [name for name in PUBLISHED if name.startswith("ViT")]
 RESNETS = [name for name in PUBLISHED if name.startswith("RN")]
@@ -77,3 +87,22 @@ def test_the_attention_pool_of_a_resnet(device):
             got = ours(x.to(device))
         assert {row[0] for row in clipfast.explain() if row[3].backend == "triton"} >= {"attention_pool", "linear"}
         assert_accurate(got, theirs(x), theirs.double()(x.double()))
+
+
+def test_gradients_of_both_towers(device):
+    """Of every parameter, a ragged batch of texts and the pooled last block included."""
+
+    def run(model):
+        if not isinstance(model, clipfast.CLIP):
+            logits = model(images, texts)
+        else:
+            model.to(device)
+            with clipfast.backend("triton" if model.dtype != torch.float64 else "torch"):
+                logits = model(images.to(device), texts.to(device))
+        weighted(*logits).backward()
+        return {name: p.grad.cpu() for name, p in model.named_parameters() if p.ndim}
+
+    images, texts = make_images(VIT, 4), make_texts(VIT, 8)
+    assert_same_gradients(VIT, run)
+    ran = {row[0] for row in clipfast.explain() if row[1].grad and row[3].backend == "triton"}
+    assert ran >= {"layer_norm", "linear", "mlp", "attention", "patch_embed", "project"}
