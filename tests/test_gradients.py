@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import clipfast
+from clipfast.kernels import patch_embed_gradients
 
 from .accuracy import assert_accurate
 from .op_cases import CASES, SMALL, Case, case_in, mlp_case, norm, patch_case, weights
@@ -155,3 +156,11 @@ def test_weight_of_the_patch_embedding(patch, dtype, device):
         results.append(torch.autograd.grad(outputs, leaves, upstream))
     for name, got, peer, exact in zip(("weight", "class", "position"), *results, strict=True):
         assert_accurate(got, peer, exact, what=f"{name} of patches of {patch}")
+
+
+def test_the_registered_gradient_of_the_patch_embedding(device):
+    images, grad = torch.randn(2, 3, 16, 24, device=device), torch.randn(2, 7, 20, device=device)
+    operator = patch_embed_gradients.patch_weight_grad
+    torch.library.opcheck(operator, (grad, images, None, None, 8, False))
+    pixels, moments = torch.randint(0, 256, images.shape, dtype=torch.uint8), torch.rand(2, 3) + 0.1
+    torch.library.opcheck(operator, (grad, pixels.to(device), *moments.to(device).unbind(0), 8, False))

@@ -90,7 +90,8 @@ def _layer_norm_bwd_kernel(
         grad = tl.load(grad_ptr + rows * stride_grad_row + cols, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-        normalised = tl.where(inside, (x - mean) * rstd, 0.0)
+        # whatever it is past the end of a row, its gradient there is zero
+        normalised = (x - mean) * rstd
         dweight += grad * normalised
         dbias += grad
         grad *= weight

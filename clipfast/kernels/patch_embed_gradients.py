@@ -114,7 +114,7 @@ def _patch_weight_bwd_fake(
     return grad.new_empty((grad.shape[2], images.shape[1], patch, patch), dtype=torch.float32)
 
 
-_patch_weight_bwd = library.define(
+patch_weight_grad = library.define(
     "patch_weight_bwd(Tensor grad, Tensor images, Tensor? mean, Tensor? std, int patch, bool tf32) -> Tensor",
     patch_weight_bwd,
     _patch_weight_bwd_fake,
@@ -144,7 +144,7 @@ class _PatchEmbed(torch.autograd.Function):
         dweight = None
         if ctx.needs_input_grad[3]:
             pixels = patch_embed.pixels(images, weight, mean, std)
-            dweight = _patch_weight_bwd(grad, *pixels, weight.shape[-1], tf32_allowed(weight)).to(weight.dtype)
+            dweight = patch_weight_grad(grad, *pixels, weight.shape[-1], tf32_allowed(weight)).to(weight.dtype)
         dposition = grad.sum(0, dtype=torch.float32)
         dfirst = grad[:, 0].sum(0, dtype=torch.float32)
         return None, None, None, dweight, dfirst.to(first.dtype), dposition.to(position.dtype)

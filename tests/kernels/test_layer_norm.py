@@ -105,3 +105,28 @@ def test_registered(device):
 
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module.layer_norm(x, weight, bias, 1e-5) * 2)
+
+
+def test_the_registered_gradients(device):
+    x, weight, bias = (torch.randn(n, device=device) for n in ((5, 40), (40,), (40,)))
+    torch.library.opcheck(module.layer_norm_train, (x, weight, bias, 1e-5))
+    _, *statistics = module.layer_norm_train(x, weight, bias, 1e-5)
+    for added in (None, x):
+        torch.library.opcheck(module.layer_norm_grad, (x, x, *statistics, weight, added))
+
+
+def test_rows_and_gradients_with_gaps(device):
+    """Every operand of the backward with rows that lie apart, NaN between them."""
+    torch.manual_seed(0)
+    wide = torch.full((3, 70, 60), float("nan"), device=device)
+    wide[:, :, :40] = torch.randn(3, 70, 40)
+    x, grad, added = wide[:, :, :40]
+    weight = torch.randn(40, device=device)
+    _, *statistics = module.layer_norm_train(x, weight, weight, 1e-5)
+    for one, other in zip(
+        module.layer_norm_grad(grad, x, *statistics, weight, added),
+        module.layer_norm_grad(grad.contiguous(), x.contiguous(), *statistics, weight, added.contiguous()),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
