@@ -13,12 +13,13 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["MEAN", "STD", "Preprocess", "normalize", "open_image"]
+__all__ = ["MEAN", "STD", "Preprocess", "decode_image", "normalize", "open_image"]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -38,22 +39,27 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     name = os.fspath(path)
     with open(name, "rb") as file:
-        if not file.read(1):
-            raise ValueError(f"{name} is empty (0 bytes)")
-        file.seek(0)
-        try:
-            image = Image.open(file)
-            image.load()
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{name} is not an image that Pillow can read") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            # Pillow's text gives the number of pixels and the limit
-            raise ValueError(f"{name} is refused as a possible decompression bomb: {error}") from error
-        except MemoryError:
-            raise
-        # decoders are plugins: OSError, SyntaxError, ValueError, RuntimeError and others, by format
-        except Exception as error:
-            raise ValueError(f"{name} is truncated or damaged: {error}") from error
+        return decode_image(file, name)
+
+
+def decode_image(file: BinaryIO, name: str) -> Image.Image:
+    """`open_image` for a file that is open already, or bytes in memory; name is what errors call it."""
+    if not file.read(1):
+        raise ValueError(f"{name} is empty (0 bytes)")
+    file.seek(0)
+    try:
+        image = Image.open(file)
+        image.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image that Pillow can read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow's text gives the number of pixels and the limit
+        raise ValueError(f"{name} is refused as a possible decompression bomb: {error}") from error
+    except MemoryError:
+        raise
+    # decoders are plugins: OSError, SyntaxError, ValueError, RuntimeError and others, by format
+    except Exception as error:
+        raise ValueError(f"{name} is truncated or damaged: {error}") from error
     return image
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "read_checkpoint",
     "save",
     "to_huggingface",
+    "write_atomically",
 ]
 
 StateDict = Mapping[str, torch.Tensor]
@@ -242,14 +243,14 @@ def save(
     if format == "safetensors":
         library = archive.require_safetensors(path)
         metadata = {"format": "pt", **{f"clipfast_{key}": value for key, value in record.items()}}
-        _write_atomically(path, lambda temporary: library.torch.save_file(weights, temporary, metadata))
+        write_atomically(path, lambda temporary: library.torch.save_file(weights, temporary, metadata))
         return
     values: Any = {"state_dict": weights, "clipfast": record}
     if activation == "quick_gelu":
         # load_state_dict looks up each module's entry and ignores what it does not know
         values = weights
         values._metadata = OrderedDict({"": {"activation": activation, "clipfast": _version()}})
-    _write_atomically(path, lambda temporary: torch.save(values, temporary))
+    write_atomically(path, lambda temporary: torch.save(values, temporary))
 
 
 def _weights_to_save(
@@ -285,7 +286,8 @@ def _activation_of(model: torch.nn.Module) -> str | None:
     return known.get(kinds.pop()) if len(kinds) == 1 else None
 
 
-def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
+def write_atomically(path: Path, write: Callable[[str], None]) -> None:
+    """Let write(name of a new file) fill what becomes `path`, on the disk, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         write(str(temporary))

@@ -6,6 +6,7 @@ pickle stream that torch.save wrote before 1.6. What the tensors mean is the bus
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
@@ -78,7 +79,13 @@ def read_file(path: Path) -> Contents:
             if f"{root}/constants.pkl" in names:
                 return _read_torchscript(archive, root, path)
             _check_crc(archive, path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except CheckpointError:
+        raise
+    # a flipped bit in the zip's own headers: "encrypted" (RuntimeError), a name that is no text (ValueError), a place
+    # before the file's start (EINVAL)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is a truncated or damaged zip archive ({error}); "
             "delete it and download or copy it again"
