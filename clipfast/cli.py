@@ -1,4 +1,4 @@
-"""The command line: `clipfast demo | classify | encode | doctor | models`. Arguments here, the work elsewhere.
+"""The command line: `clipfast demo | classify | encode | train | eval | doctor | models`. The work is elsewhere.
 
 Exit status: 0 done, 1 something failed (named on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -49,6 +49,10 @@ def _run(args: argparse.Namespace, written: list[Path]) -> int:
 
         print(doctor.report())
         return 0
+    if args.command in ("train", "eval"):
+        from clipfast.training import command
+
+        return (command.train if args.command == "train" else command.evaluate)(args, written)
     from clipfast import commands
 
     if args.command == "models":
@@ -72,6 +76,7 @@ def _run(args: argparse.Namespace, written: list[Path]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from clipfast import __version__
+    from clipfast.training.arguments import add_eval, add_train
 
     parser = argparse.ArgumentParser(prog="clipfast", description="CLIP on fused kernels.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"clipfast {__version__}")
@@ -100,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of skipping them")
     encode.add_argument("--normalize", action="store_true", help="divide each embedding by its length")
     _add_model(encode)
+
+    train = commands.add_parser("train", help="contrastive training or fine-tuning, on one process or under torchrun")
+    add_train(train, _positive, _template)
+    train.set_defaults(parser=train)
+
+    evaluation = commands.add_parser("eval", help="zero-shot accuracy and image-text recall")
+    add_eval(evaluation, _template)
+    _add_model(evaluation)
 
     commands.add_parser("doctor", help="what is installed, and which backend runs each operator")
     commands.add_parser("models", help="names of the models that can be downloaded")
