@@ -30,8 +30,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     return path
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, on the CPU, or None if there are none.
+def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
+    """The newest checkpoint that is whole, on the CPU, or (None, None) if there are none.
 
     A damaged one (torch.save writes a CRC-32 of every tensor; all are compared) is named on stderr, renamed to
     *.damaged and passed over. Nothing in the file is run.
@@ -50,7 +50,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             path.rename(path.with_name(path.name + ".damaged"))
     if found:
         raise CommandError(f"every checkpoint in {folder} is damaged; remove {folder.parent} to start again")
-    return None
+    return None, None
 
 
 def _found(folder: Path) -> list[Path]:

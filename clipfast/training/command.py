@@ -18,7 +18,7 @@ from clipfast.checkpoints import load
 from clipfast.commands import CommandError, atomic, pick_device, read_lines
 from clipfast.model import CLIP, ModifiedResNet, architecture
 from clipfast.training.architectures import make_model
-from clipfast.training.data import BatchOrder, PairDataset, RandomResizedCrop
+from clipfast.training.data import BadSample, BatchOrder, PairDataset, RandomResizedCrop
 from clipfast.training.evaluation import Evaluator, retrieval, zero_shot
 from clipfast.training.optimization import Recipe
 from clipfast.training.processes import Processes, processes
@@ -157,7 +157,7 @@ def _source(args: argparse.Namespace, paths: list[str]) -> DataSource:
 
 
 def _make_evaluation(args: argparse.Namespace, trainer: Trainer):
-    """A function that gives the shares among the figures, or None if none is asked for."""
+    """A function that gives the shares among the figures and the bad samples, or None if none is asked for."""
     if not trainer.group.first:
         return None
     # at once: a path that is not there shows before the training
@@ -165,12 +165,12 @@ def _make_evaluation(args: argparse.Namespace, trainer: Trainer):
     if not tasks:
         return None
 
-    def evaluation() -> dict[str, float]:
+    def evaluation() -> tuple[dict[str, float], list[BadSample]]:
         model = trainer.model.eval()
         evaluator = Evaluator(model, args.batch_size, args.workers, trainer.autocast)
         figures = {name: value for task in tasks.values() for name, value in task(evaluator).items()}
         model.train()
-        return {name: value for name, value in figures.items() if isinstance(value, float)}
+        return {name: value for name, value in figures.items() if isinstance(value, float)}, evaluator.bad
 
     return evaluation
 

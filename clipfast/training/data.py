@@ -28,8 +28,8 @@ __all__ = [
     "BatchOrder",
     "PairDataset",
     "RandomResizedCrop",
+    "bad_sample",
     "make_loader",
-    "reason_of",
     "texts_of",
 ]
 
@@ -100,11 +100,12 @@ def texts_of(samples: Samples, i: int) -> list[str]:
     return captions
 
 
-def reason_of(error: Exception) -> str:
-    """Why a sample cannot be used, with its name."""
+def bad_sample(name: str, error: Exception) -> BadSample:
+    """The sample and why it cannot be used; the reason has the name too."""
+    reason = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return BadSample(name, reason if name in reason else f"{name}: {reason}")
 
 
 class PairDataset(Dataset):
@@ -139,7 +140,7 @@ class PairDataset(Dataset):
                 caption = captions[rng.integers(len(captions))]
                 return self._transform(self.samples.image(i), rng), caption
             except (OSError, ValueError) as error:
-                bad.append(BadSample(self.samples.name(i), reason_of(error)))
+                bad.append(bad_sample(self.samples.name(i), error))
                 i = int(rng.integers(len(self.samples)))
         raise CommandError(f"{MOST_TRIES} samples in a row cannot be read; the last: {bad[-1].reason}")
 

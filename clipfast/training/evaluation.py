@@ -19,7 +19,7 @@ from clipfast.inputs import pair
 from clipfast.model import CLIP
 from clipfast.preprocess import Preprocess
 from clipfast.tokenizer import tokenize
-from clipfast.training.data import BadSample, reason_of, texts_of
+from clipfast.training.data import BadSample, bad_sample, texts_of
 from clipfast.training.samples import TEMPLATES, ClassSamples, Samples
 
 __all__ = ["Evaluator", "class_names", "hit_rates", "retrieval", "zero_shot"]
@@ -93,7 +93,7 @@ class _Images(Dataset):
         try:
             return i, self._preprocess(self._samples.image(i))
         except (OSError, ValueError) as error:
-            return i, BadSample(self._samples.name(i), reason_of(error))
+            return i, bad_sample(self._samples.name(i), error)
 
 
 # ---- zero-shot ----
@@ -199,7 +199,7 @@ def _captions_by_image(evaluator: Evaluator, samples: Samples) -> tuple[dict[str
         try:
             found = texts_of(samples, i)
         except (OSError, ValueError) as error:
-            evaluator.bad.append(BadSample(name, reason_of(error)))
+            evaluator.bad.append(bad_sample(name, error))
             continue
         if name not in captions:
             captions[name] = []

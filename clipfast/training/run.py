@@ -28,7 +28,7 @@ class Run:
     fixed:      settings that decide what is learned; a run goes on only with the same ones.
     rounding:   settings that only decide how numbers are rounded; a change is told.
     save_every: steps between checkpoints.   keep: checkpoints that stay.
-    evaluate:   gives figures for the metrics, after every eval_every epochs and at the end.
+    evaluate:   gives shares for the metrics, and what it could not read; after every eval_every epochs and at the end.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Run:
         rounding: dict[str, Any],
         save_every: int,
         keep: int,
-        evaluate: Callable[[], dict[str, Any]] | None = None,
+        evaluate: Callable[[], tuple[dict[str, float], list[BadSample]]] | None = None,
         eval_every: int = 1,
         written: list[Path] | None = None,
     ):
@@ -62,15 +62,14 @@ class Run:
 
         Raises: CommandError if the run there is another one, or must_be_new and there is one.
         """
-        path = None
+        path, state = None, None
         if self._group.first:
             if must_be_new and (self._metrics.path.exists() or any((self.out / CHECKPOINTS).glob("step-*"))):
                 raise CommandError(f"{self.out} has a run already: give another --out, or leave out --resume never")
-            found = latest_checkpoint(self.out / CHECKPOINTS)
-            path = found[0] if found else None
+            path, state = latest_checkpoint(self.out / CHECKPOINTS)
         path = self._group.from_first(path)
         if path is not None:
-            state = read_file(path).values
+            state = state or read_file(path).values
             self._compare(state)
             trainer.load_state(state)
             self._say(f"goes on after step {trainer.step} of {trainer.recipe.steps} ({path})")
@@ -124,7 +123,8 @@ class Run:
         return trainer.step % span == 0 or trainer.step == trainer.recipe.steps
 
     def _write_evaluation(self, metrics: dict[str, Any]) -> None:
-        figures = self._evaluate()
+        figures, bad = self._evaluate()
+        self._bad.add(bad, lambda: None)
         self._metrics.write({"step": metrics["step"], "epoch": metrics["epoch"], **figures})
         shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures.items())
         print(f"   epoch {metrics['epoch']}: {shown}", flush=True)
@@ -143,7 +143,8 @@ class Run:
         lines = self._metrics.read()
         drawn = draw_curves(lines, self.out / CURVES)
         losses = [line["loss"] for line in lines if "loss" in line]
-        print(f"Model: {self.out / MODEL}, in openai/CLIP's layout; loss {losses[-1]:.3f} after {trainer.step} steps")
+        loss = f"loss {losses[-1]:.3f} after " if losses else ""
+        print(f"Model: {self.out / MODEL}, in openai/CLIP's layout; {loss}{trainer.step} steps")
         print(f"Curves: {self.out / CURVES}" if drawn else "Curves: not drawn, matplotlib is not installed")
         if len(self._bad):
             print(f"Skipped: {len(self._bad)} samples, named in {self.out / BAD}")

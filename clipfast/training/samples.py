@@ -70,10 +70,10 @@ class Samples(ABC):
         """All captions of sample i, maybe none. Raises OSError or ValueError if they cannot be read."""
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of which samples these are, and in which order; not of what is in the files."""
+        """Hexadecimal digest of which samples these are, in which order; not of where or what the files are."""
         digest = hashlib.sha256()
         for i in range(len(self)):
-            digest.update(self.name(i).encode("utf-8", "surrogatepass") + b"\0")
+            digest.update(os.path.basename(self.name(i)).encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()[:16]
 
 

@@ -155,7 +155,7 @@ def test_eval_prints_a_table_and_json(model, tmp_path, capsys):
     assert table["zero shot top1"] == f"{100 * written['zero-shot']['zero_shot_top1']:.2f}"
     assert table["text to image recall@5"] == f"{100 * written['retrieval']['text_to_image_recall@5']:.2f}"
     assert table["skipped"] == "1" and len(table) == 12
-    assert told.err == f"clipfast: skipped: {pairs}/a/001.txt: No such file or directory\n"
+    assert told.err == f"clipfast: skipped: {pairs}/a/001.png: {pairs}/a/001.txt: No such file or directory\n"
     assert cli.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == written
     assert written["zero-shot"] == zero_shot(Evaluator(model), find_samples(DataSource([str(classes)])), TEMPLATES)

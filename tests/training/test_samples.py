@@ -82,11 +82,15 @@ def test_order_of_a_folder_is_sorted(tmp_path):
     assert names == sorted(names)
 
 
-def test_fingerprint_tells_other_data(tmp_path):
-    write_folder(tmp_path, N)
-    before = find_samples(source(tmp_path)).fingerprint()
-    (tmp_path / "a" / "001.png").rename(tmp_path / "a" / "999.png")
-    assert find_samples(source(tmp_path)).fingerprint() != before
+@pytest.mark.parametrize("name", FORMATS)
+def test_fingerprint_tells_other_data_and_not_another_place(name, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    before = find_samples(source(FORMATS[name](tmp_path / "here"))).fingerprint()
+    assert find_samples(source(FORMATS[name](tmp_path / "there"))).fingerprint() == before
+    for n in (N - 1, N + 1):
+        write_folder(tmp_path / f"{n}", n)
+        assert find_samples(source(tmp_path / f"{n}")).fingerprint() != before
 
 
 def test_class_folders_get_the_templates(tmp_path):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import clipfast
+from clipfast.loss import ClipLoss
+from clipfast.training.processes import processes
 from clipfast.training.step import Pairs, accumulate_gradients
 from tests.tiny_clips import RESNET, VIT
 
@@ -97,3 +103,41 @@ def test_running_statistics_count_each_batch_once():
     accumulate_gradients(pairs, images, tokens, plain_loss, micro_batch=3)
     norms = [module for module in pairs.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and all(norm.num_batches_tracked == 2 and norm.track_running_stats for norm in norms)
+
+
+def _half(rank: int, port: int, path: str) -> None:
+    """One of two processes: its half of eight pairs, whole and in micro-batches."""
+    torch.set_num_threads(1)
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in group.items()})
+    with processes("cpu") as found:
+        assert (found.rank, found.world, found.first) == (rank, 2, rank == 0)
+        assert found.everyones(rank) == [0, 1] and found.from_first(rank) == 0
+        assert found.mean(torch.tensor([float(rank)])).item() == 0.5
+        torch.save([_gradients_of_half(rank, micro_batch) for micro_batch in (None, 3)], f"{path}/{rank}.pt")
+
+
+def _gradients_of_half(rank: int, micro_batch: int | None) -> list:
+    # other weights in each, which the wrapper must even out
+    pairs = DistributedDataParallel(make_pairs(seed=rank))
+    images, tokens = (part[4 * rank : 4 * rank + 4] for part in inputs(8))
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=2)
+    value = accumulate_gradients(pairs, images, tokens, loss, micro_batch=micro_batch)
+    return [value, *(parameter.grad for parameter in pairs.parameters())]
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_half, (port, str(tmp_path)), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    pairs = make_pairs()
+    expected = plain_loss(*pairs(*inputs(8)))
+    exact = torch.autograd.grad(expected, list(pairs.parameters()))
+    for first, second in zip(*halves, strict=True):
+        torch.testing.assert_close((first[0] + second[0]) / 2, expected.detach(), rtol=1e-13, atol=0)
+        for one, other, gradient in zip(first[1:], second[1:], exact, strict=True):
+            assert torch.equal(one, other)
+            bound = 1e-12 * max(gradient.abs().max().item(), 1e-6)
+            torch.testing.assert_close(one, gradient, rtol=0, atol=bound)
