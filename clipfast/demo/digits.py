@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,11 @@ from clipfast import reference
 from clipfast.model import CLIP
 from clipfast.preprocess import Preprocess
 from clipfast.tokenizer import tokenize
+from clipfast.training.data import BadSample, BatchOrder, PairDataset
+from clipfast.training.metrics import progress
+from clipfast.training.optimization import Recipe
+from clipfast.training.samples import Samples
+from clipfast.training.trainer import Trainer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # what training says about a digit, and what classification says: none of these sentences is in both
@@ -84,73 +87,86 @@ def captions(templates: tuple[str, ...], digit: int) -> list[str]:
     return [template.format(word=WORDS[digit], numeral=digit) for template in templates]
 
 
+class DigitPairs(Samples):
+    """The digits to learn, each with the captions of its class."""
+
+    def __init__(self, digits: Digits):
+        self._digits = digits
+
+    def __len__(self) -> int:
+        return len(self._digits.train)
+
+    def name(self, i: int) -> str:
+        return f"digit {i}"
+
+    def image(self, i: int) -> Image.Image:
+        return self._digits.train[i]
+
+    def captions(self, i: int) -> list[str]:
+        return captions(TRAINED, int(self._digits.train_classes[i]))
+
+
+class BalancedOrder(BatchOrder):
+    """Batches of PER_CLASS images of each digit, the zeros first, the nines last."""
+
+    def __init__(self, classes: Tensor, steps: int, seed: int):
+        super().__init__(len(classes), 10 * PER_CLASS, steps, seed)
+        self._of_class = [np.flatnonzero(classes.numpy() == digit) for digit in range(10)]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return min(map(len, self._of_class)) // PER_CLASS
+
+    def order(self, epoch: int) -> np.ndarray:
+        rng, n = np.random.default_rng((self.seed, epoch)), self.steps_per_epoch * PER_CLASS
+        columns = [rng.permutation(rows)[:n].reshape(-1, PER_CLASS) for rows in self._of_class]
+        return np.hstack(columns).ravel()
+
+
+class Shift:
+    """Scales a digit and moves it by up to `reach` pixels both ways: it is the same a little to the left."""
+
+    def __init__(self, resolution: int, reach: int = 4):
+        self._preprocess = Preprocess(resolution, output="uint8")
+        self._reach = reach
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        n = self._preprocess.n_px
+        wide = np.pad(self._preprocess(image).numpy(), ((0, 0), *[(self._reach,) * 2] * 2), mode="edge")
+        down, across = rng.integers(2 * self._reach + 1, size=2)
+        return torch.from_numpy(wide[:, down : down + n, across : across + n].copy())
+
+
+def class_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Contrastive loss of a balanced batch, less the least possible one: the divergence from the targets.
+
+    All pairs of one digit are positives: the targets share 1 among them, so there are no false negatives.
+    """
+    classes = torch.arange(10, device=image.device).repeat_interleave(PER_CLASS)
+    targets = (classes[:, None] == classes) / PER_CLASS
+    logits = logit_scale * image @ text.T
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2 - math.log(PER_CLASS)
+
+
 def train(digits: Digits, steps: int, device: torch.device, seed: int = 0) -> tuple[CLIP, list[float]]:
-    """Contrastive training from scratch, with a bar on a terminal.
+    """Contrastive training from scratch by `clipfast.training`, with a bar on a terminal.
 
-    A batch has PER_CLASS images of each digit, and with each image one caption of its digit. All pairs of one digit are
-    positives: the targets share 1 among them, so plain cross-entropy, without false negatives.
-
-    Returns: the model, and for each step its loss less the least possible one (the divergence from the targets).
+    Returns: the model, and the loss of each step.
     """
     torch.manual_seed(seed)
-    model = CLIP(**MODEL).to(device).train()
-    pixels = Preprocess(MODEL["image_resolution"])(digits.train).to(device)
-    tokens = torch.stack([tokenize(captions(TRAINED, digit)) for digit in range(10)]).to(device)  # [10, templates, 77]
-    of_class = [torch.nonzero(digits.train_classes == digit).flatten() for digit in range(10)]
-    classes = torch.arange(10).repeat_interleave(PER_CLASS)
-    targets = ((classes[:, None] == classes) / PER_CLASS).to(device)
-
-    warm_up = max(1, steps // 10)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
+    model = CLIP(**MODEL).to(device)
+    dataset = PairDataset(DigitPairs(digits), Shift(MODEL["image_resolution"]), MODEL["context_length"], seed)
+    order = BalancedOrder(digits.train_classes, steps, seed)
+    recipe = Recipe(steps=steps, lr=LEARNING_RATE, warmup=steps // 10, weight_decay=0.1)
     losses = []
-    for show in _progress(steps):
-        chosen = torch.cat([rows[torch.randint(len(rows), (PER_CLASS,))] for rows in of_class])
-        texts = tokens[classes, torch.randint(len(TRAINED), classes.shape)]
-        per_image, per_text = model(_shifted(pixels[chosen.to(device)]), texts)
-        loss = (F.cross_entropy(per_image, targets) + F.cross_entropy(per_text, targets)) / 2
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100))
-        losses.append(loss.item() - math.log(PER_CLASS))
-        show(losses[-1])
+    with progress(steps, lines=5) as bar:
+
+        def after_step(metrics: dict[str, Any], bad: list[BadSample]) -> None:
+            losses.append(metrics["loss"])
+            bar.show(metrics["loss"])
+
+        Trainer(model, dataset, order, recipe, loss=class_loss).run(after_step)
     return model.eval(), losses
-
-
-def _shifted(images: Tensor, reach: int = 4) -> Tensor:
-    """[B, 3, H, W], each moved by up to `reach` pixels both ways: a digit is the same a little to the left."""
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (reach,) * 4, mode="replicate")
-    down, across = torch.randint(2 * reach + 1, (2, batch, 1)).to(images.device)
-    rows = down + torch.arange(height, device=images.device)  # [B, H]
-    columns = across + torch.arange(width, device=images.device)
-    sample = torch.arange(batch, device=images.device)[:, None, None]
-    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _progress(steps: int) -> Iterator[Callable[[float], None]]:
-    """A function for each step, to be told its loss, which is shown: on a bar on a terminal, else in five lines."""
-    from tqdm import tqdm
-
-    on_terminal = sys.stderr.isatty()
-    columns = min(100, shutil.get_terminal_size().columns)
-    with tqdm(total=steps, unit="step", disable=not on_terminal, leave=False, ncols=columns) as bar:
-        step = 0
-
-        def show(loss: float) -> None:
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if not on_terminal and (step == steps or step % max(1, steps // 5) == 0):
-                print(f"   step {step} of {steps}: loss {loss:.3f}", flush=True)
-
-        while step < steps:
-            step += 1
-            yield show
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +25,9 @@ from clipfast.model import CLIP, architecture, build_model, convert_weights
 from clipfast.preprocess import Preprocess
 from clipfast.timing import interleaved, medians
 from clipfast.tokenizer import tokenize
+from clipfast.training.architectures import sizes_of
 
-VIT_B_32: dict[str, Any] = {
-    "embed_dim": 512,
-    "image_resolution": 224,
-    "vision_layers": 12,
-    "vision_width": 768,
-    "vision_patch_size": 32,
-    "context_length": 77,
-    "vocab_size": 49408,
-    "transformer_width": 512,
-    "transformer_heads": 8,
-    "transformer_layers": 12,
-}
+VIT_B_32 = sizes_of("ViT-B/32")
 # in the packages themselves; scikit-image can fetch more, which the demo never asks for
 FILES = {
     "skimage": (
