@@ -14,20 +14,23 @@ from clipfast.checkpoints import CheckpointError, write_atomically
 from clipfast.checkpoints.archive import read_file
 from clipfast.commands import CommandError
 
-__all__ = ["latest_checkpoint", "rng_state", "save_checkpoint", "set_rng_state"]
+__all__ = ["checkpoint_path", "latest_checkpoint", "rng_state", "save_checkpoint", "set_rng_state"]
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint, and then remove all but the newest `keep`.
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.pt"
 
+
+def save_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint, and then remove all but the newest `keep` of its folder.
+
+    path:  from `checkpoint_path`.
     state: tensors, numbers, strings, and dicts, lists and tuples of them.
     """
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
+    path.parent.mkdir(exist_ok=True)
     write_atomically(path, lambda temporary: torch.save(state, temporary))
-    for old in _found(folder)[:-keep]:
+    for old in _found(path.parent)[:-keep]:
         old.unlink()
-    return path
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | tuple[None, None]:

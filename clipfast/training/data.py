@@ -7,7 +7,7 @@ nothing changes with the number of workers, or when a run goes on in the middle 
 from __future__ import annotations
 
 import math
-import signal
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -198,13 +198,14 @@ def make_loader(dataset: PairDataset, order: BatchOrder, workers: int, *, pin: b
         prefetch_factor=4 if workers else None,
         # its own: else it draws from torch's generator
         generator=torch.Generator(),
-        worker_init_fn=_leave_interrupts_alone,
+        worker_init_fn=_leave_the_group if hasattr(os, "setpgrp") else None,
     )
 
 
-def _leave_interrupts_alone(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal, and the main one still finishes its step
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_the_group(worker: int) -> None:
+    # Ctrl-C in a terminal and torchrun's SIGTERM go to the whole process group; the main process finishes its step and
+    # still needs its workers. Ignoring the signals would not do: at exit multiprocessing ends them by SIGTERM.
+    os.setpgrp()
 
 
 def _as_it_is(batch: Batch) -> Batch:

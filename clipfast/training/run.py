@@ -11,7 +11,7 @@ from typing import Any
 from clipfast.checkpoints import save
 from clipfast.checkpoints.archive import read_file
 from clipfast.commands import CommandError
-from clipfast.training.checkpoint import latest_checkpoint, save_checkpoint
+from clipfast.training.checkpoint import checkpoint_path, latest_checkpoint, save_checkpoint
 from clipfast.training.data import BadSample
 from clipfast.training.metrics import BadSamplesFile, MetricsFile, draw_curves, progress
 from clipfast.training.processes import Processes
@@ -131,11 +131,12 @@ class Run:
 
     def _checkpoint(self, trainer: Trainer) -> None:
         state = {**trainer.state(), "fixed": self._fixed, "rounding": self._rounding}
+        path = checkpoint_path(self.out / CHECKPOINTS, trainer.step)
         if self._group.first:
             # first what the checkpoint stands behind
             self._metrics.flush()
-            path = save_checkpoint(self.out / CHECKPOINTS, trainer.step, state, self._keep)
-            self._written[:] = [path]
+            save_checkpoint(path, state, self._keep)
+        self._written[:] = [path]
 
     def _finish(self, trainer: Trainer) -> None:
         save(trainer.model, self.out / MODEL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import torch
 
 import clipfast
 from clipfast import cli
-from clipfast.training.checkpoint import latest_checkpoint, rng_state, save_checkpoint, set_rng_state
+from clipfast.training.checkpoint import checkpoint_path, latest_checkpoint, rng_state, save_checkpoint, set_rng_state
 from clipfast.training.metrics import MetricsFile
 
 from .pairs import make_model, write_classes, write_folder, write_model, write_shards
@@ -153,11 +154,13 @@ def test_stopped_writes_its_last_step_and_goes_on(data, whole, tmp_path, monkeyp
     def write_and_stop(self, line):
         write(self, line)
         if line.get("step") == 9:
+            # a terminal and torchrun tell every process of their group
+            assert [os.getpgid(worker.pid) != os.getpgrp() for worker in multiprocessing.active_children()] == [True]
             signal.raise_signal(number)
 
     monkeypatch.setattr(MetricsFile, "write", write_and_stop)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert cli.main(arguments(data, tmp_path)) == 130
+    assert cli.main(arguments(data, tmp_path, "--workers", "1")) == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     # asked during step 9, it ends the step that follows
     path = tmp_path / "checkpoints" / "step-00000010.pt"
@@ -190,7 +193,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(data, whole, tmp_path
 
 def test_no_flipped_bit_passes_unseen(tmp_path):
     state = {"step": 3, "x": torch.randn(50), "rng": rng_state(torch.device("cpu")), "name": "a"}
-    path = save_checkpoint(tmp_path, 3, state, keep=1)
+    path = checkpoint_path(tmp_path, 3)
+    save_checkpoint(path, state, keep=1)
     content = path.read_bytes()
     rng = np.random.default_rng(0)
     seen = 0
@@ -264,6 +268,15 @@ def test_init_evaluation_and_clipping(data, whole, tmp_path, capsys):
         f"{direction}_recall@{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)
     }
     assert f"zero_shot_top1 {100 * lines[-1]['zero_shot_top1']:.1f} %" in capsys.readouterr().out
+
+
+def test_logit_scale_is_clamped_after_each_step(data, whole, tmp_path):
+    model, _ = clipfast.load(whole / "model.pt", "cpu")
+    with torch.no_grad():
+        model.logit_scale.fill_(9)
+    clipfast.save(model, tmp_path / "hot.pt")
+    assert cli.main([*arguments(data, tmp_path / "out"), "--init", str(tmp_path / "hot.pt"), "--steps", "2"]) == 0
+    assert [line["logit_scale"] for line in curve(tmp_path / "out")] == pytest.approx([100, 100], rel=0.02)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
