@@ -19,11 +19,11 @@ from clipfast.commands import CommandError, atomic, pick_device, read_lines
 from clipfast.model import CLIP, ModifiedResNet, architecture
 from clipfast.training.architectures import make_model
 from clipfast.training.data import BadSample, BatchOrder, PairDataset, RandomResizedCrop
-from clipfast.training.evaluation import Evaluator, retrieval, zero_shot
+from clipfast.training.evaluation import Evaluator, class_names, retrieval, zero_shot
 from clipfast.training.optimization import Recipe
 from clipfast.training.processes import Processes, processes
 from clipfast.training.run import Run, prepare_folder
-from clipfast.training.samples import TEMPLATES, DataSource, Samples, find_samples
+from clipfast.training.samples import TEMPLATES, DataSource, find_samples
 from clipfast.training.trainer import Trainer, autocast_for
 
 __all__ = ["evaluate", "train"]
@@ -160,8 +160,8 @@ def _make_evaluation(args: argparse.Namespace, trainer: Trainer):
     """A function that gives the shares among the figures and the bad samples, or None if none is asked for."""
     if not trainer.group.first:
         return None
-    # at once: a path that is not there shows before the training
-    tasks = _tasks(args)
+    # at once: a path that is not there shows before the training; --format is of --data
+    tasks = _tasks(args, "auto")
     if not tasks:
         return None
 
@@ -175,15 +175,17 @@ def _make_evaluation(args: argparse.Namespace, trainer: Trainer):
     return evaluation
 
 
-def _tasks(args: argparse.Namespace) -> dict[str, Any]:
+def _tasks(args: argparse.Namespace, format: str) -> dict[str, Any]:
     """Name -> function of an Evaluator, of the evaluations that are asked for."""
     tasks: dict[str, Any] = {}
     templates = _templates(args)
     if args.zero_shot:
-        samples: Samples = find_samples(DataSource(args.zero_shot, args.format, args.image_column, args.caption_column))
+        samples = find_samples(DataSource(args.zero_shot, format, args.image_column, args.caption_column))
+        # raises now if a file of classes does not fit
+        class_names(samples, args.classes)
         tasks["zero-shot"] = functools.partial(zero_shot, samples=samples, templates=templates, classes=args.classes)
     if args.retrieval:
-        samples = find_samples(DataSource(args.retrieval, args.format, args.image_column, args.caption_column))
+        samples = find_samples(DataSource(args.retrieval, format, args.image_column, args.caption_column))
         tasks["retrieval"] = functools.partial(retrieval, samples=samples)
     return tasks
 
@@ -193,7 +195,7 @@ def evaluate(args: argparse.Namespace, written: list[Path]) -> int:
 
     Raises: CommandError if nothing is asked for or nothing can be read; what `load` raises.
     """
-    tasks = _tasks(args)
+    tasks = _tasks(args, args.format)
     if not tasks:
         args.parser.error("give --zero-shot, --retrieval, or both")
     model, _ = load(args.model, pick_device(args.device), dtype=args.dtype, activation=args.activation)

@@ -29,6 +29,7 @@ __all__ = [
     "PairDataset",
     "RandomResizedCrop",
     "bad_sample",
+    "leave_the_group",
     "make_loader",
     "texts_of",
 ]
@@ -198,14 +199,16 @@ def make_loader(dataset: PairDataset, order: BatchOrder, workers: int, *, pin: b
         prefetch_factor=4 if workers else None,
         # its own: else it draws from torch's generator
         generator=torch.Generator(),
-        worker_init_fn=_leave_the_group if hasattr(os, "setpgrp") else None,
+        worker_init_fn=leave_the_group,
     )
 
 
-def _leave_the_group(worker: int) -> None:
+def leave_the_group(worker: int) -> None:
+    """Of a DataLoader, its worker_init_fn."""
     # Ctrl-C in a terminal and torchrun's SIGTERM go to the whole process group; the main process finishes its step and
     # still needs its workers. Ignoring the signals would not do: at exit multiprocessing ends them by SIGTERM.
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def _as_it_is(batch: Batch) -> Batch:

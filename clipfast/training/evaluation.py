@@ -19,7 +19,7 @@ from clipfast.inputs import pair
 from clipfast.model import CLIP
 from clipfast.preprocess import Preprocess
 from clipfast.tokenizer import tokenize
-from clipfast.training.data import BadSample, bad_sample, texts_of
+from clipfast.training.data import BadSample, bad_sample, leave_the_group, texts_of
 from clipfast.training.samples import TEMPLATES, ClassSamples, Samples
 
 __all__ = ["Evaluator", "class_names", "hit_rates", "retrieval", "zero_shot"]
@@ -53,6 +53,7 @@ class Evaluator:
             num_workers=self.workers,
             collate_fn=list,
             generator=torch.Generator(),
+            worker_init_fn=leave_the_group,
         )
         rows, read = [torch.empty(0, self.model.visual.output_dim, device=self._device)], []
         for items in loader:

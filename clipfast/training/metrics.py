@@ -26,10 +26,10 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
 
-    def cut_back(self, step: int) -> None:
-        """Drop what later steps wrote, and a line that was not finished."""
+    def cut_back(self, step: int | None = None) -> None:
+        """Drop what later steps wrote, if a step is given, and a line that was not finished."""
         if self.path.exists():
-            kept = [line for line in self.read() if line["step"] <= step]
+            kept = [line for line in self.read() if step is None or line["step"] <= step]
             with atomic(self.path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
@@ -58,6 +58,7 @@ class BadSamplesFile:
 
     def __init__(self, path: Path):
         self._file = MetricsFile(path)
+        self._file.cut_back()
         self._known = {line["name"] for line in self._file.read()}
 
     def __len__(self) -> int:
@@ -96,14 +97,14 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(steps: int, done: int = 0, *, lines: int = 20) -> Iterator[Progress]:
-    """Shows steps as they are done; `done` of them are already."""
+def progress(steps: int, done: int = 0, *, lines: int = 20, bar: bool = True) -> Iterator[Progress]:
+    """Shows steps as they are done; `done` of them are already. Without bar: lines on a terminal too."""
     from tqdm import tqdm
 
     columns = min(100, shutil.get_terminal_size().columns)
-    off = not sys.stderr.isatty()
-    with tqdm(total=steps, initial=done, unit="step", disable=off, leave=False, ncols=columns) as bar:
-        yield Progress(bar, steps, done, lines)
+    off = not bar or not sys.stderr.isatty()
+    with tqdm(total=steps, initial=done, unit="step", disable=off, leave=False, ncols=columns) as shown:
+        yield Progress(shown, steps, done, lines)
 
 
 def draw_curves(lines: list[Line], path: Path) -> bool:

@@ -94,7 +94,7 @@ class Run:
         """
         steps = trainer.recipe.steps
         try:
-            with progress(steps, trainer.step) as bar:
+            with progress(steps, trainer.step, bar=self._group.first) as bar:
 
                 def after_step(metrics: dict[str, Any], bad: list[BadSample]) -> None:
                     self._bad.add(bad, bar.clear)

@@ -136,6 +136,8 @@ def test_killed_and_started_again_gives_the_same_curve(data, whole, tmp_path, ca
     metrics.write({"step": 29, "epoch": 8, "loss": 0.0})
     with metrics.path.open("a") as file:
         file.write('{"step": 30, "lo')
+    with (tmp_path / "bad_samples.jsonl").open("a") as file:
+        file.write('{"name": "x')
     (tmp_path / "checkpoints" / ".step-00000014.pt.1.ab.tmp").write_bytes(b"half")
 
     assert cli.main(arguments(data, tmp_path)) == 0
@@ -270,6 +272,13 @@ def test_init_evaluation_and_clipping(data, whole, tmp_path, capsys):
     assert f"zero_shot_top1 {100 * lines[-1]['zero_shot_top1']:.1f} %" in capsys.readouterr().out
 
 
+def test_grad_checkpointing_is_asked_of_the_model(data, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(clipfast.CLIP, "set_grad_checkpointing", lambda model, on: calls.append(on), raising=False)
+    assert cli.main(arguments(data, tmp_path, "--grad-checkpointing", "--steps", "1")) == 0
+    assert calls == [True]
+
+
 def test_logit_scale_is_clamped_after_each_step(data, whole, tmp_path):
     model, _ = clipfast.load(whole / "model.pt", "cpu")
     with torch.no_grad():
@@ -300,6 +309,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
         (["--batch-size", "27"], "26 samples, fewer than one batch of 27"),
         (["--precision", "amp_fp16"], "amp_fp16 is for GPUs"),
         (["--zero-shot", "{data}/nothing"], "no data: {data}/nothing"),
+        (
+            ["--zero-shot", "{data}/classes", "--classes", "{data}/colours.txt"],
+            "has 2 classes, but the data has 3 folders",
+        ),
         (["--device", "cuda:99"], "device 'cuda:99' is not here"),
     ],
 )
@@ -312,6 +325,7 @@ def test_a_mistake_is_one_line_and_early(data, whole, tmp_path, capsys, more, te
     ):
         (data / f"{name}.json").write_text(json.dumps(content))
     (data / "broken.json").write_text("{")
+    (data / "colours.txt").write_text("red\ngreen\n")
     words = arguments(data, tmp_path / "new")
     if more[0] == "--init":
         del words[words.index("--model") : words.index("--model") + 2]
