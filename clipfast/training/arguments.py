@@ -36,34 +36,7 @@ def add_train(parser: argparse.ArgumentParser, positive: Callable, template: Cal
         help="area of the random crop (0.9 1.0)",
     )
 
-    how = parser.add_argument_group("optimisation")
-    length = how.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, default=32, metavar="N", help="times through the data (%(default)s)")
-    length.add_argument("--steps", type=positive, metavar="N", help="instead of --epochs")
-    how.add_argument(
-        "--batch-size",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="pairs that the loss compares, of all processes together (%(default)s)",
-    )
-    how.add_argument(
-        "--micro-batch",
-        type=positive,
-        metavar="N",
-        help="pairs per process in memory at once; the loss stays that of the batch",
-    )
-    how.add_argument("--lr", type=_more_than_zero, default=5e-4, help="greatest learning rate (%(default)s)")
-    how.add_argument("--warmup", type=_whole, metavar="STEPS", help="default: a tenth of all steps, at most 10000")
-    how.add_argument("--weight-decay", type=_not_negative, default=0.2, help="%(default)s")
-    how.add_argument("--beta1", type=_fraction, default=0.9, help="%(default)s")
-    how.add_argument("--beta2", type=_fraction, help="default: 0.98 for a ViT, 0.999 for a ResNet")
-    how.add_argument("--eps", type=_more_than_zero, help="default: 1e-6 for a ViT, 1e-8 for a ResNet")
-    how.add_argument("--grad-clip", type=_more_than_zero, metavar="NORM", help="greatest norm of the gradient")
-    how.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the products (%(default)s)")
-    how.add_argument("--grad-checkpointing", action="store_true", help="compute activations twice, keep few")
-    how.add_argument("--seed", type=_whole, default=0, help="%(default)s")
-    how.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
+    _add_optimisation(parser.add_argument_group("optimisation"), positive)
 
     run = parser.add_argument_group("the run")
     run.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="checkpoints, metrics, the final model")
@@ -91,6 +64,36 @@ def add_eval(parser: argparse.ArgumentParser, template: Callable) -> None:
     _add_workers(group)
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the JSON there too")
+
+
+def _add_optimisation(how, positive: Callable) -> None:
+    length = how.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, default=32, metavar="N", help="times through the data (%(default)s)")
+    length.add_argument("--steps", type=positive, metavar="N", help="instead of --epochs")
+    how.add_argument(
+        "--batch-size",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="pairs that the loss compares, of all processes together (%(default)s)",
+    )
+    how.add_argument(
+        "--micro-batch",
+        type=positive,
+        metavar="N",
+        help="pairs per process in memory at once; the loss stays that of the batch",
+    )
+    how.add_argument("--lr", type=_more_than_zero, default=5e-4, help="greatest learning rate (%(default)s)")
+    how.add_argument("--warmup", type=_whole, metavar="STEPS", help="default: a tenth of all steps, at most 10000")
+    how.add_argument("--weight-decay", type=_not_negative, default=0.2, help="%(default)s")
+    how.add_argument("--beta1", type=_fraction, default=0.9, help="%(default)s")
+    how.add_argument("--beta2", type=_fraction, help="default: 0.98 for a ViT, 0.999 for a ResNet")
+    how.add_argument("--eps", type=_more_than_zero, help="default: 1e-6 for a ViT, 1e-8 for a ResNet")
+    how.add_argument("--grad-clip", type=_more_than_zero, metavar="NORM", help="greatest norm of the gradient")
+    how.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the products (%(default)s)")
+    how.add_argument("--grad-checkpointing", action="store_true", help="compute activations twice, keep few")
+    how.add_argument("--seed", type=_whole, default=0, help="%(default)s")
+    how.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
 
 
 def _add_format(group) -> None:

@@ -93,6 +93,25 @@ def test_zero_shot_is_the_oracles(model, tmp_path):
     assert [sample.name for sample in evaluator.bad] == [str(tmp_path / "dark_red" / "broken.png")]
 
 
+def test_templates_are_averaged(tmp_path):
+    """The image is between the two prompts of its class, and nearer to the other class's than to either."""
+    samples = find_samples(DataSource([str(write_classes(tmp_path, 2))]))
+    rows = {"a dark green": (1, 0), "no dark green": (0, 1), "a dark red": (0.8, 0.6), "no dark red": (0.8, -0.6)}
+
+    class Between:
+        bad = ()
+
+        def texts(self, prompts):
+            return torch.tensor([rows[prompt] for prompt in prompts])
+
+        def images(self, samples, numbers):
+            return F.normalize(torch.ones(1, 2), dim=-1), numbers[:1]
+
+    found = zero_shot(Between(), samples, ("a {}", "no {}"))
+    assert samples.classes == ["dark green", "dark red"]
+    assert found["zero_shot_top1"] == 1
+
+
 def test_ties_count_as_chance():
     same = torch.ones(6, 4) / 2
     numbers = torch.arange(6)
