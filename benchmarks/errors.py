@@ -14,6 +14,7 @@ import csv
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,46 +24,76 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import clipfast
-from tests.op_cases import CASES, case_in
+from tests.op_cases import CASES, Case, case_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Errors(NamedTuple):
-    """Greatest and root-mean-square error over those of the exact result; of several cases the worst of each."""
+    """Greatest and root-mean-square error over those of the exact result; of several results the worst of each."""
 
     largest: float
     rms: float
 
 
-def measure(name: str, dtype: torch.dtype, device: str) -> tuple[Errors, Errors, float]:
+# their backward has kernels of its own
+WITH_GRADIENTS = ("layer_norm", "linear", "mlp", "attention", "patch_embed", "project")
+Outcome = list[torch.Tensor]
+
+
+def forward(case: Case, run: Callable[[Case], tuple[torch.Tensor, ...]]) -> Outcome:
+    with torch.no_grad():
+        return [*run(case)]
+
+
+def gradients(case: Case, run: Callable[[Case], tuple[torch.Tensor, ...]]) -> Outcome:
+    """Of every floating argument but images and their mean and deviation, for a random upstream gradient."""
+    case = case.map(lambda x: x.clone().requires_grad_())
+    others = {id(case.options.get(name)) for name in ("mean", "std")}
+    if case.operator == "patch_embed":
+        case.arguments[0].requires_grad_(False)
+    leaves = [x for x in case.tensors() if x.requires_grad and x.numel() and id(x) not in others]
+    outputs = run(case)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
+    return [*torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def measure(name: str, dtype: torch.dtype, device: str, of: Callable[..., Outcome]) -> tuple[Errors, Errors, float]:
     """Ours, PyTorch's, and ours over the bound of tests/accuracy.py (at most 1), all of one case."""
     case = case_in(name, dtype).on(device)
-    with torch.no_grad(), clipfast.backend("triton"):
-        results = case.ours()
-    ours, peer, exact = (
-        torch.cat([x.detach().cpu().double().flatten() for x in each])
-        for each in (results, case.peer(), case.on("cpu").exact())
-    )
-    size_max, size_rms = exact.abs().max().item(), exact.square().mean().sqrt().item()
-
-    def errors(x):
-        return Errors((x - exact).abs().max().item() / size_max, (x - exact).square().mean().sqrt().item() / size_rms)
-
-    ours, peer = errors(ours), errors(peer)
+    with clipfast.backend("triton"):
+        ours = of(case, Case.ours)
     eps = torch.finfo(dtype).eps / 2  # at least half of one ulp's share of the size: a stricter bound than the tests'
-    return ours, peer, max(a / (2 * b + eps) for a, b in zip(ours, peer, strict=True))
+    found = []
+    exacts = of(case.on("cpu").map(lambda x: x.double()), Case.exact)
+    for tensors in zip(ours, of(case, Case.peer), exacts, strict=True):
+        x, peer, exact = (each.detach().cpu().double() for each in tensors)
+        mine, theirs = _errors(x, exact), _errors(peer, exact)
+        found.append((mine, theirs, max(a / (2 * b + eps) for a, b in zip(mine, theirs, strict=True))))
+    return _worst(found)
+
+
+def _errors(x: torch.Tensor, exact: torch.Tensor) -> Errors:
+    size_max, size_rms = exact.abs().max().item(), exact.square().mean().sqrt().item()
+    return Errors((x - exact).abs().max().item() / size_max, (x - exact).square().mean().sqrt().item() / size_rms)
+
+
+def _worst(found: list[tuple[Errors, Errors, float]]) -> tuple[Errors, Errors, float]:
+    ours, peer = (Errors(*map(max, zip(*(x[i] for x in found), strict=True))) for i in (0, 1))
+    return ours, peer, max(x[2] for x in found)
 
 
 def rows(device: str) -> list[dict[str, object]]:
     worst: dict[tuple[str, torch.dtype], list[tuple[Errors, Errors, float]]] = defaultdict(list)
     for name, case in CASES.items():
         for dtype in DTYPES:
-            worst[case.operator, dtype].append(measure(name, dtype, device))
+            worst[case.operator, dtype].append(measure(name, dtype, device, forward))
+            if case.operator in WITH_GRADIENTS:
+                worst[f"{case.operator} gradient", dtype].append(measure(name, dtype, device, gradients))
     table = []
-    for (operator, dtype), found in worst.items():
-        ours = Errors(*(max(each) for each in zip(*(x[0] for x in found), strict=True)))
-        peer = Errors(*(max(each) for each in zip(*(x[1] for x in found), strict=True)))
+    for (operator, dtype), found in sorted(worst.items(), key=str):
+        ours, peer, share = _worst(found)
         table.append(
             {
                 "operator": operator,
@@ -72,7 +103,7 @@ def rows(device: str) -> list[dict[str, object]]:
                 "max of PyTorch": peer.largest,
                 "RMS": ours.rms,
                 "RMS of PyTorch": peer.rms,
-                "of the bound": max(x[2] for x in found),
+                "of the bound": share,
             }
         )
     return table
@@ -87,10 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
     table = rows(device)
     where = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter"
     print(f"Relative errors on {where}, the worst of all cases; at most 1 of the bound passes")
-    print(f"{'operator':<15}{'dtype':<10}{'cases':>6}" + "".join(f"{name:>16}" for name in [*table[0]][3:]))
+    print(f"{'operator':<22}{'dtype':<10}{'cases':>6}" + "".join(f"{name:>16}" for name in [*table[0]][3:]))
     for row in table:
         figures = "".join(f"{row[name]:>16.2e}" for name in [*row][3:-1])
-        print(f"{row['operator']:<15}{row['dtype']:<10}{row['cases']:>6}{figures}{row['of the bound']:>16.2f}")
+        print(f"{row['operator']:<22}{row['dtype']:<10}{row['cases']:>6}{figures}{row['of the bound']:>16.2f}")
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, table[0])

@@ -71,10 +71,7 @@ def _make_trainer(args: argparse.Namespace, group: Processes) -> Trainer:
     model = make_model(args.model, args.init, args.activation).to(group.device)
     # nothing is replayed while the weights change
     model.cuda_graphs = False
-    if args.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise CommandError("--grad-checkpointing: this model has no set_grad_checkpointing")
-        model.set_grad_checkpointing(True)
+    model.set_grad_checkpointing(args.grad_checkpointing)
     batch, share = args.batch_size, args.batch_size // group.world
     order = BatchOrder(len(samples), batch, args.steps or 0, args.seed, rank=group.rank, world=group.world)
     order.steps = args.steps or args.epochs * order.steps_per_epoch
