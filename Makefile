@@ -17,7 +17,7 @@ TEST  := $(VENV)/.stamp-test
 peer = $(INSTALL) $(1) || { \
 	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench readme gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,8 +34,11 @@ lint: $(TEST) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(TEST) ## time whole models against openai/CLIP and the other peers
-	$(PY) -m benchmarks.models
+bench: $(TEST) ## time whole models against openai/CLIP and the other peers, in nine minutes   ARGS="--models RN50"
+	$(VENV)/bin/clipfast bench $(ARGS)
+
+readme: $(TEST) ## write the README's tables from benchmarks/results, and draw their pictures
+	$(PY) -m clipfast.bench.report --plots
 
 # No environment of its own: a machine with a GPU may have no network, and brings torch and Triton. What it lacks can be
 # carried as pure-Python wheels in a folder.   make gpu OUT=/elsewhere WHEELS=folder GPU_ARGS="--only towers"

@@ -1,4 +1,6 @@
-"""The command line: `clipfast demo | classify | encode | doctor | models`. Arguments here, the work elsewhere.
+"""The command line: `clipfast demo | classify | encode | doctor | models | bench | profile`.
+
+Arguments here, the work elsewhere.
 
 Exit status: 0 done, 1 something failed (named on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -44,6 +46,14 @@ def _run(args: argparse.Namespace, written: list[Path]) -> int:
         from clipfast import demo
 
         return demo.run(args.out, steps=args.steps, quick=args.quick, device=args.device, written=written)
+    if args.command == "bench":
+        from clipfast.bench import command
+
+        return command.run(args, written)
+    if args.command == "profile":
+        from clipfast.profiling import command as profile_command
+
+        return profile_command.run(args, written)
     if args.command == "doctor":
         from clipfast import doctor
 
@@ -72,6 +82,8 @@ def _run(args: argparse.Namespace, written: list[Path]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from clipfast import __version__
+    from clipfast.bench import arguments as bench_arguments
+    from clipfast.profiling import arguments as profile_arguments
 
     parser = argparse.ArgumentParser(prog="clipfast", description="CLIP on fused kernels.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"clipfast {__version__}")
@@ -101,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--normalize", action="store_true", help="divide each embedding by its length")
     _add_model(encode)
 
+    bench = commands.add_parser("bench", help="time whole models against every CLIP installed, checked against float64")
+    bench_arguments.add(bench)
+    profile_arguments.add(commands.add_parser("profile", help="where the time goes, per operator and per layer"))
     commands.add_parser("doctor", help="what is installed, and which backend runs each operator")
     commands.add_parser("models", help="names of the models that can be downloaded")
     return parser

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import os
 from types import ModuleType
 from typing import NoReturn
 
 import pytest
-import torch
+
+from clipfast.bench.peers import Missing, module
 
 
 def _give_up(reason: str) -> NoReturn:
@@ -20,37 +18,11 @@ def _give_up(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-@functools.lru_cache(maxsize=1)
-def _declare_torchvision_operators() -> torch.library.Library | None:
-    """Make torchvision importable where its compiled operators are missing (a CPU torch from PyPI).
-
-    torchvision registers fake kernels for two of them on import; declaring their schemas is enough. The cache
-    keeps the returned library alive: the declarations go with it.
-    """
-    if not _installed("torchvision"):
-        return None
+def _import_or_skip(name: str, distribution: str) -> ModuleType:
     try:
-        importlib.import_module("torchvision")
-        return None
-    except (RuntimeError, ImportError):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-
-
-def _import_or_skip(module: str, distribution: str) -> ModuleType:
-    if not _installed(module):
-        _give_up(f"{distribution} is not installed")
-    _declare_torchvision_operators()
-    try:
-        return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:
-        _give_up(f"{distribution} does not import here: {error}")
+        return module(name, distribution)
+    except Missing as error:
+        _give_up(str(error))
 
 
 def openai_clip() -> ModuleType:

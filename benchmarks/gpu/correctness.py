@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 import clipfast
-from benchmarks import harness, workload
 from benchmarks.gpu import operators, sanitizer
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.problems import HALVES, Maker, Problem
 from benchmarks.gpu.run import ROOT, Run
 from clipfast import tuning
+from clipfast.bench import harness, workload
+from clipfast.bench.budget import Budget
 from clipfast.kernels import native
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,4 +1,4 @@
-"""What is computed: the published architectures, seeded weights and inputs, the exact answer, the FLOPs.
+"""What is computed: the published architectures, seeded weights and inputs, the exact answer.
 
 Nothing is downloaded: sizes are those of the published models, weights are random. The speed of a dense product does
 not depend on the numbers in it, and every contestant is checked on the same ones.
@@ -7,16 +7,21 @@ not depend on the numbers in it, and every contestant is checked on the same one
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipfast import CLIP, reference
+from clipfast import reference
+from clipfast.model import CLIP
+from clipfast.tokenizer import tokenize
 
 TOWERS = ("image", "text")
 # samples of a batch that are compared with the reference, spread evenly over it; float64 takes seconds for each dozen
 CHECKED = 32
+# of OpenAI's vocabulary, which a file of captions is tokenised with
+VOCABULARY = 49408
 
 
 def _architecture(
@@ -35,7 +40,7 @@ def _architecture(
         "vision_width": width,
         "vision_patch_size": patch,
         "context_length": 77,
-        "vocab_size": 49408,
+        "vocab_size": VOCABULARY,
         "transformer_width": text_width,
         "transformer_heads": text_width // 64,
         "transformer_layers": 12,
@@ -72,6 +77,56 @@ class Captions(NamedTuple):
 
     def __str__(self) -> str:
         return str(self.longest) if self.shortest == self.longest else f"{self.shortest}-{self.longest}"
+
+    def ids(self, architecture: Mapping[str, Any], batch: int, seed: int) -> Tensor:
+        """[batch, context] int64, random ids between start and end of text (the two greatest), zero padded.
+
+        The lengths are even over the range. Raises ValueError if one is longer than the context.
+        """
+        context, end = architecture["context_length"], architecture["vocab_size"] - 1
+        if self.longest > context:
+            raise ValueError(f"captions: at most {context} tokens, got {self}")
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randint(1, end - 1, (batch, context), generator=generator)
+        # spread evenly, then shuffled: drawn ones would have another mean in every small batch
+        steps = (torch.arange(batch) * 2 + 1) * (self.longest - self.shortest + 1) // (2 * batch)
+        last = (self.shortest + steps - 1)[torch.randperm(batch, generator=generator), None]
+        column = torch.arange(context)
+        text[:, 0] = end - 1
+        return torch.where(column < last, text, torch.where(column == last, end, 0))
+
+
+class CaptionFile:
+    """A user's own captions, one a line, tokenised; a batch takes as many of them, spread over the file."""
+
+    def __init__(self, path: Path):
+        """Raises ValueError naming the file, and the line where there is one, for what cannot be used."""
+        self.name = path.name
+        try:
+            lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or f"not UTF-8 text: {error}"
+            raise ValueError(f"captions: {path}: {why}") from error
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows += [tokenize(line)] if line else []
+            except RuntimeError as error:
+                raise ValueError(f"captions: {path}, line {number}: {error}") from error
+        if not rows:
+            raise ValueError(f"captions: {path} has no line of text")
+        self._ids = torch.cat(rows).long()
+
+    def __str__(self) -> str:
+        return f"file {self.name}"
+
+    def ids(self, architecture: Mapping[str, Any], batch: int, seed: int) -> Tensor:
+        """[batch, 77] int64; a file with fewer lines is used again from the start."""
+        if (architecture["vocab_size"], architecture["context_length"]) != (VOCABULARY, self._ids.shape[1]):
+            raise ValueError(f"captions: {self} is tokenised for {VOCABULARY} ids and {self._ids.shape[1]} columns")
+        count = len(self._ids)
+        chosen = torch.arange(batch) % count if batch >= count else torch.arange(batch) * count // batch
+        return self._ids[chosen]
 
 
 def random_weights(architecture: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
@@ -113,83 +168,34 @@ def rounded(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     return {n: w if any(part in n for part in kept) else w.to(dtype).to(w.dtype) for n, w in weights.items()}
 
 
-def inputs(architecture: Mapping[str, Any], batch: int, captions: Captions, seed: int = 1) -> dict[str, Tensor]:
+def inputs(
+    architecture: Mapping[str, Any], batch: int, captions: Captions | CaptionFile, seed: int = 1
+) -> dict[str, Tensor]:
     """Both towers' inputs.
 
-    Returns: "image": [B, 3, R, R] float32, standard normal.   "text": [B, context] int64, captions of random ids
-             between start and end of text (the two greatest ids), zero padded; their lengths are even over the range.
-    Raises:  ValueError if a caption is longer than the context.
+    Returns: "image": [B, 3, R, R] float32, standard normal; image i is the same in a batch of any size.
+             "text": [B, context] int64.
+    Raises:  ValueError if the captions do not fit the architecture.
     """
-    context, end = architecture["context_length"], architecture["vocab_size"] - 1
-    if captions.longest > context:
-        raise ValueError(f"captions: at most {context} tokens, got {captions}")
-    generator = torch.Generator().manual_seed(seed)
     resolution = architecture["image_resolution"]
-    images = torch.randn(batch, 3, resolution, resolution, generator=generator)
-    text = torch.randint(1, end - 1, (batch, context), generator=generator)
-    # spread evenly, then shuffled: drawn ones would have another mean in every small batch
-    steps = (torch.arange(batch) * 2 + 1) * (captions.longest - captions.shortest + 1) // (2 * batch)
-    last = (captions.shortest + steps - 1)[torch.randperm(batch, generator=generator), None]
-    column = torch.arange(context)
-    text[:, 0] = end - 1
-    text = torch.where(column < last, text, torch.where(column == last, end, 0))
-    return {"image": images, "text": text}
+    images = torch.empty(batch, 3, resolution, resolution)
+    for i, image in enumerate(images):
+        image.normal_(generator=torch.Generator().manual_seed(1000 * seed + i))
+    return {"image": images, "text": captions.ids(architecture, batch, seed)}
 
 
-def checked_samples(batch: int) -> Tensor:
+def checked_samples(batch: int, most: int = CHECKED) -> Tensor:
     """Indices of the samples that are compared with the reference, int64."""
-    return torch.linspace(0, batch - 1, min(batch, CHECKED)).round().long()
+    return torch.linspace(0, batch - 1, min(batch, most)).round().long()
 
 
 def exact(tower: str, weights: Mapping[str, Tensor], data: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a perfect computer would return for the checked samples: float64 on weights and images rounded to dtype."""
-    chosen = data[checked_samples(len(data))]
+    """What a perfect computer would return for this data: float64 on weights and images rounded to dtype."""
     if tower == "image":
-        return reference.encode_image(rounded(weights, dtype), chosen.to(dtype))
-    return reference.encode_text(rounded(weights, dtype), chosen)
+        return reference.encode_image(rounded(weights, dtype), data.to(dtype))
+    return reference.encode_text(rounded(weights, dtype), data)
 
 
-def flops(architecture: Mapping[str, Any], tower: str) -> int:
-    """Floating-point operations that openai/CLIP spends on one sample in matrix products and convolutions.
-
-    A multiplication and an addition count as two. The count is dense: padding, masked scores and rows that nobody
-    reads are in it, because openai/CLIP computes them. For a transformer of width W on L tokens, with N layers:
-    N * (24 L W^2 + 4 L^2 W), then the projection of one row, and for images the patch embedding.
-    """
-    if tower == "text":
-        length, width, layers = (architecture[k] for k in ("context_length", "transformer_width", "transformer_layers"))
-        return layers * _block_flops(length, width) + 2 * width * architecture["embed_dim"]
-    if architecture["vision_patch_size"] is None:
-        return _resnet_flops(architecture)
-    width, patch = architecture["vision_width"], architecture["vision_patch_size"]
-    grid = (architecture["image_resolution"] // patch) ** 2
-    embedding, projection = 2 * grid * 3 * patch**2 * width, 2 * width * architecture["embed_dim"]
-    return embedding + architecture["vision_layers"] * _block_flops(1 + grid, width) + projection
-
-
-def _block_flops(length: int, width: int) -> int:
-    # queries, keys, values: 6; output: 2; MLP: 8 + 8.   scores and their product with the values: 2 + 2
-    return 24 * length * width**2 + 4 * length**2 * width
-
-
-def _resnet_flops(architecture: Mapping[str, Any]) -> int:
-    def convolution(side: int, channels_in: int, channels_out: int, kernel: int) -> int:
-        return 2 * side**2 * channels_in * channels_out * kernel**2
-
-    width, side = architecture["vision_width"], architecture["image_resolution"] // 2
-    total = convolution(side, 3, width // 2, 3) + convolution(side, width // 2, width // 2, 3)
-    total += convolution(side, width // 2, width, 3)
-    side, channels = side // 2, width
-    for layer, blocks in enumerate(architecture["vision_layers"]):
-        planes = width << layer
-        for block in range(blocks):
-            # an average pool before the last convolution strides the first block of layers 2 to 4
-            after = side // 2 if layer and not block else side
-            total += convolution(side, channels, planes, 1) + convolution(side, planes, planes, 3)
-            total += convolution(after, planes, 4 * planes, 1)
-            total += 0 if block else convolution(after, channels, 4 * planes, 1)
-            side, channels = after, 4 * planes
-    length = side**2 + 1
-    # the attention pool: queries, keys and values of every position, attention, output projection
-    total += 6 * length * channels**2 + 4 * length**2 * channels
-    return total + 2 * length * channels * architecture["embed_dim"]
+def exact_logits(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+    """[I, T] float64 of exact embeddings."""
+    return reference.logits(images, texts, logit_scale.double())[0]

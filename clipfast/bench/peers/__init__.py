@@ -1,206 +1,165 @@
-"""One adapter for each contestant: the same weights and inputs, called the way its own documentation says.
+"""Who is compared: one small file for each library, called the way its own documentation says.
 
-An adapter builds its model once and returns, for each tower, the calls to time. What a tokenizer or image processor
-hands over (padding, attention mask, dtype) is prepared here and not timed.
+A peer builds its model once from the same weights as everybody and then prepares, for a tower and a batch, the calls to
+time. What a tokenizer or image processor hands over (padding, attention mask, dtype) is prepared and not timed. A
+library that is not here raises Missing, which costs its own rows only.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
+import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
-
-import clipfast
-from clipfast.checkpoints import to_huggingface
-from tests import peers as installed
+from torch.overrides import TorchFunctionMode
 
 OURS = "clipfast"
 OPENAI = "openai-clip"
 # what the column vs_transformers compares with, by tower
-TRANSFORMERS = {"image": "transformers", "text": "transformers, pad longest"}
+TRANSFORMERS = dict.fromkeys(("image", "both", "train"), "transformers") | {"text": "transformers, pad longest"}
+
+Call = Callable[[], Tensor]
+# contestant -> call that returns [B, E], or of "both" the logits [B, B]
+Calls = dict[str, Call]
 
 
-class Task(NamedTuple):
-    """weights: float32, under openai/CLIP's names.   images: [B, 3, R, R] float32.   text: [B, context] int64."""
+class Spec(NamedTuple):
+    """Which model, and how.   weights: float32 on the device, under openai/CLIP's names."""
 
     weights: Mapping[str, Tensor]
     architecture: Mapping[str, Any]
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
+
+
+class Batch(NamedTuple):
+    """images: [B, 3, R, R] float32.   text: [B, context] int64.   On the spec's device."""
+
     images: Tensor
     text: Tensor
 
 
-# tower -> contestant -> call that returns its [B, E]
-Calls = dict[str, dict[str, Callable[[], Tensor]]]
+Prepare = Callable[[str, Batch], Calls]  # (tower, batch); a tower it does not have gives {}
+
+
+class Peer(NamedTuple):
+    """Somebody to compare with.
+
+    distribution: whose version is shown.   approximate: computes something else on purpose, so it is never an equal.
+    prepares:     seconds that preparing one call takes for each layer, as a first guess (compilers).
+    devices:      where it runs.   dtypes: names of what it computes in.
+    """
+
+    name: str
+    distribution: str
+    build: Callable[[Spec], Prepare]
+    approximate: bool = False
+    prepares: float = 0.0
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
 
 class Missing(Exception):
     """The peer is not installed, or does not import; the text says which."""
 
 
-def _module(load: Callable[[], ModuleType]) -> ModuleType:
+def known() -> dict[str, Peer]:
+    """Everybody by name, ours first; nothing of theirs is imported."""
+    from clipfast.bench.peers import compiled, huggingface, onnx, openai, openclip, openvino, ours
+
+    everybody = (
+        ours.PEER,
+        openai.PEER,
+        openclip.PEER,
+        huggingface.PEER,
+        *compiled.PEERS,
+        *onnx.PEERS,
+        openvino.PEER,
+        huggingface.FLASH,
+    )
+    return {peer.name: peer for peer in everybody}
+
+
+def defaults(device: torch.device) -> list[str]:
+    """Names of those who are asked when nobody says whom: all but the slowest way to compile on a CPU."""
+    return [
+        name for name, peer in known().items() if device.type in peer.devices and not name.endswith("max-autotune, cpu")
+    ]
+
+
+def version(peer: Peer) -> str:
+    """The version of a peer's distribution, empty if it is not installed."""
+    if peer.distribution == OURS:
+        import clipfast
+
+        return clipfast.__version__
     try:
-        return load()
-    except (pytest.skip.Exception, pytest.fail.Exception) as outcome:
-        raise Missing(str(outcome).partition(" (CLIPFAST")[0]) from outcome
+        return importlib.metadata.version(peer.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
-def _call(
-    mode: Callable[[], AbstractContextManager], function: Callable[..., Tensor], *arguments: Tensor
+# ---------------------------------------------------------------------------------------------------------------------
+# What the adapters share
+
+
+def module(name: str, distribution: str) -> ModuleType:
+    """The imported module. Raises Missing if it is not installed or does not import."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        raise Missing(f"{distribution} is not installed")
+    declare_torchvision_operators()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        raise Missing(f"{distribution} does not import here: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def declare_torchvision_operators() -> torch.library.Library | None:
+    """Make torchvision importable where its compiled operators are missing (a CPU torch from PyPI).
+
+    torchvision registers fake kernels for two of them on import; declaring their schemas is enough. The cache
+    keeps the returned library alive: the declarations go with it.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+        return None
+    except (RuntimeError, ImportError):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+class uninitialised(TorchFunctionMode):
+    """Inside, torch.nn's initialisations do nothing: every parameter is loaded next, and drawing them takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "erfinv_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def call(
+    mode: Callable[[], AbstractContextManager], function: Callable[..., Tensor], *arguments: Any
 ) -> Callable[[], Tensor]:
-    def call() -> Tensor:
+    """function(*arguments) under a mode, such as torch.no_grad."""
+
+    def run() -> Tensor:
         with mode():
             return function(*arguments)
 
-    return call
-
-
-def _clipfast(task: Task) -> Calls:
-    model = clipfast.build_model(task.weights)
-    if task.dtype != torch.float32:
-        clipfast.convert_weights(model, task.dtype)
-    return {
-        "image": {OURS: _call(torch.no_grad, model.encode_image, task.images.to(task.dtype))},
-        "text": {OURS: _call(torch.no_grad, model.encode_text, task.text.int())},
-    }
-
-
-def _openai(task: Task) -> torch.nn.Module:
-    # not its build_model: that rounds float32 weights through float16, and has no bfloat16
-    model = _module(installed.openai_clip).model.CLIP(**task.architecture)
-    model.load_state_dict(task.weights)
-    if task.dtype != torch.float32:
-        clipfast.convert_weights(model, task.dtype)
-    return model.eval()
-
-
-def _openai_clip(task: Task) -> Calls:
-    model = _openai(task)
-    return {
-        "image": {OPENAI: _call(torch.no_grad, model.encode_image, task.images.to(task.dtype))},
-        "text": {OPENAI: _call(torch.no_grad, model.encode_text, task.text.int())},
-    }
-
-
-def _openai_clip_compiled(task: Task) -> Calls:
-    model, name = _openai(task), f"{OPENAI} torch.compile"
-    return {
-        "image": {name: _call(torch.no_grad, torch.compile(model.encode_image), task.images.to(task.dtype))},
-        "text": {name: _call(torch.no_grad, torch.compile(model.encode_text), task.text.int())},
-    }
-
-
-def _open_clip(task: Task) -> Calls:
-    """As create_model(..., precision="bf16") sets it up: LayerNorm and embeddings in float32, the rest cast."""
-    library, sizes = _module(installed.open_clip), task.architecture
-    half = task.dtype != torch.float32
-    model = library.model.CLIP(
-        embed_dim=sizes["embed_dim"],
-        vision_cfg={
-            "image_size": sizes["image_resolution"],
-            "layers": sizes["vision_layers"],
-            "width": sizes["vision_width"],
-            "patch_size": sizes["vision_patch_size"],
-        },
-        text_cfg={
-            "context_length": sizes["context_length"],
-            "vocab_size": sizes["vocab_size"],
-            "width": sizes["transformer_width"],
-            "heads": sizes["transformer_heads"],
-            "layers": sizes["transformer_layers"],
-        },
-        quick_gelu=True,
-        cast_dtype=task.dtype if half else None,
-    )
-    model.load_state_dict(task.weights)
-    if half:
-        library.model.convert_weights_to_lp(model, dtype=task.dtype)
-    model.eval()
-    return {
-        "image": {"open_clip": _call(torch.no_grad, model.encode_image, task.images.to(task.dtype))},
-        "text": {"open_clip": _call(torch.no_grad, model.encode_text, task.text)},
-    }
-
-
-def _transformers(task: Task) -> Calls:
-    """CLIPModel with SDPA attention, cast whole; ids and attention mask as its tokenizer returns them."""
-    library, sizes = _module(installed.transformers_clip), task.architecture
-    weights = to_huggingface(task.weights)  # refuses a ResNet
-    width, text_width = sizes["vision_width"], sizes["transformer_width"]
-    config = library.CLIPConfig(
-        text_config={
-            "hidden_size": text_width,
-            "intermediate_size": 4 * text_width,
-            "num_attention_heads": sizes["transformer_heads"],
-            "num_hidden_layers": sizes["transformer_layers"],
-            "vocab_size": sizes["vocab_size"],
-            "max_position_embeddings": sizes["context_length"],
-            "bos_token_id": sizes["vocab_size"] - 2,
-            "eos_token_id": sizes["vocab_size"] - 1,
-            "hidden_act": "quick_gelu",
-        },
-        vision_config={
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_attention_heads": max(1, width // 64),
-            "num_hidden_layers": sizes["vision_layers"],
-            "image_size": sizes["image_resolution"],
-            "patch_size": sizes["vision_patch_size"],
-            "hidden_act": "quick_gelu",
-        },
-        projection_dim=sizes["embed_dim"],
-        attn_implementation="sdpa",
-    )
-    model = library.CLIPModel(config)
-    model.load_state_dict(weights)
-    model.to(task.dtype).eval()
-
-    def encode_image(pixel_values: Tensor) -> Tensor:
-        return _pooled(model.get_image_features(pixel_values=pixel_values))
-
-    def encode_text(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return _pooled(model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
-
-    context = sizes["context_length"]
-    lengths = task.text.argmax(dim=-1, keepdim=True) + 1
-    mask = (torch.arange(context) < lengths).long()
-    longest = int(lengths.max())
-    cut = [ids[:, :longest].contiguous() for ids in (task.text, mask)]
-    text = {
-        f"transformers, pad {context}": _call(torch.inference_mode, encode_text, task.text, mask),
-        TRANSFORMERS["text"]: _call(torch.inference_mode, encode_text, *cut),
-    }
-    images = task.images.to(task.dtype)
-    return {"image": {TRANSFORMERS["image"]: _call(torch.inference_mode, encode_image, images)}, "text": text}
-
-
-def _pooled(features: Any) -> Tensor:
-    # releases before 5 return the tensor itself
-    return features if isinstance(features, Tensor) else features.pooler_output
-
-
-# distribution -> adapter; what follows a space in a name is not part of the distribution's
-ADAPTERS: dict[str, Callable[[Task], Calls]] = {
-    OURS: _clipfast,
-    OPENAI: _openai_clip,
-    "open_clip_torch": _open_clip,
-    "transformers": _transformers,
-}
-COMPILED: dict[str, Callable[[Task], Calls]] = {f"{OPENAI} torch.compile": _openai_clip_compiled}
-
-
-def version(adapter: str) -> str:
-    """The version of an adapter's distribution, empty if it is not installed."""
-    distribution = adapter.partition(" ")[0]
-    if distribution == OURS:
-        return clipfast.__version__
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return run

@@ -1,0 +1,1 @@
+"""`clipfast bench`: whole models against every CLIP that is installed, checked against float64, then timed."""

@@ -1,0 +1,1 @@
+"""`clipfast profile`: where the time goes, per operator and per layer, and from file to embedding."""

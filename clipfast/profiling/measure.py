@@ -1,0 +1,205 @@
+"""Passes under torch.profiler, and what each operator and layer took in them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from clipfast import roofline
+from clipfast.bench.ceilings import COPY
+from clipfast.bench.harness import Row, significant
+from clipfast.profiling.marks import PREFIX, Marks, marked, wait
+from clipfast.roofline import Work
+
+REST, BACKWARD = "everything else", "backward of "
+STAGE = f"{PREFIX}stage "
+
+
+@dataclass
+class Part:
+    """An operator, a layer or a stage: seconds in each pass, calls a pass, and the least work of one pass."""
+
+    name: str
+    seconds: list[float]
+    calls: int = 0
+    works: list[Work] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def row(self, whole: float, ceilings: Mapping[str, float], dtype: str) -> Row:
+        """time, share, rates and distance to the floor; rates only where the work is known."""
+        row: Row = {"part": self.name, "calls": self.calls, "seconds": significant(self.median)}
+        row["share"] = significant(self.median / whole) if whole else 0.0
+        work = roofline.total(self.works)
+        if self.works and self.median:
+            floor = roofline.seconds(self.works, ceilings[dtype], ceilings[COPY])
+            row |= {"gb_per_s": significant(work.bytes / self.median / 1e9), "floor_s": significant(floor)}
+            row |= {"tflops": significant(work.flops / self.median / 1e12)}
+            row["of_floor"] = significant(floor / self.median)
+            row["bound"] = "compute" if work.flops / ceilings[dtype] >= work.bytes / ceilings[COPY] else "memory"
+        return row
+
+
+@dataclass
+class Profile:
+    """What was found.   plain, profiled: median seconds of a pass without and with the profiler."""
+
+    operators: list[Part]
+    layers: list[Part]
+    by_layer: dict[str, dict[str, float]]  # layer -> operator -> seconds a pass
+    plain: float
+    profiled: float
+    trace: Any
+
+    @property
+    def overhead(self) -> float:
+        return self.profiled / self.plain - 1
+
+
+def passes(step: Callable[[], object], model: nn.Module, device: torch.device, count: int, warmup: int = 2) -> Profile:
+    """`count` passes of `step` without the profiler, then as many under it.
+
+    Raises: whatever the step raises.
+    """
+    for _ in range(warmup):
+        step()
+    plain = statistics.median(_timed(step, device) for _ in range(count))
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    marks_of: list[Marks] = []
+    profiled: list[float] = []
+    with profile(activities=activities) as prof:
+        for number in range(count):
+            with marked(model) as marks, record_function(f"{PREFIX}pass {number}"):
+                profiled.append(_timed(step, device))
+            marks_of.append(marks)
+    events = list(prof.events())
+    whole = statistics.median(profiled)
+    parts, layers, by_layer = _split(events, marks_of, device, profiled)
+    return Profile(parts, layers, by_layer, plain, whole, prof)
+
+
+def _timed(step: Callable[[], object], device: torch.device) -> float:
+    wait(device)
+    start = time.perf_counter()
+    step()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def _seconds(event: Any, device: torch.device) -> float:
+    total = event.device_time_total if device.type == "cuda" else event.cpu_time_total
+    return total / 1e6
+
+
+def _split(
+    events: Sequence[Any], marks_of: Sequence[Marks], device: torch.device, profiled: Sequence[float]
+) -> tuple[list[Part], list[Part], dict[str, dict[str, float]]]:
+    """Operators and layers, the rest of each pass as one more part."""
+    starts = sorted(e.time_range.start for e in events if e.name.startswith(f"{PREFIX}pass ") and _on_host(e))
+    count = len(profiled)
+    operators: dict[str, Part] = {}
+    layers: dict[str, Part] = {}
+    by_layer: dict[str, dict[str, float]] = {}
+    # the same name in every pass: a number says which call of the pass it is
+    calls = [{call.name: call for call in marks.calls} for marks in marks_of]
+    forward: dict[int, str] = {}  # autograd's sequence number -> operator
+    for event in events:
+        if not event.name.startswith(PREFIX) or not _on_host(event):
+            continue
+        number = sum(start <= event.time_range.start for start in starts) - 1
+        call = calls[number].get(event.name) if number >= 0 else None
+        if event.name.startswith(STAGE):
+            _add(operators, event.name.removeprefix(STAGE), number, count, _seconds(event, device), 1)
+        if call is None:
+            continue
+        took = _seconds(event, device)
+        _add(operators, call.operator, number, count, took, 1, call.works)
+        _add(layers, call.layer, number, count, took, 1, call.works)
+        inside = by_layer.setdefault(call.layer, {})
+        inside[call.operator] = inside.get(call.operator, 0.0) + took / count
+        forward |= dict.fromkeys(_sequence_numbers(event), call.operator)
+    _add_backward(events, forward, starts, count, device, operators)
+    for name, part in operators.items():
+        if name.startswith(BACKWARD):
+            forward_works = operators[name.removeprefix(BACKWARD)].works
+            part.works = [roofline.backward(work, inputs="patch_embed" not in name) for work in forward_works]
+    for part in (*operators.values(), *layers.values()):
+        part.calls //= count
+    known = [sum(part.seconds[i] for part in operators.values()) for i in range(count)]
+    # a GPU works on while the host goes ahead: there the rest is what the device idles or does for others
+    rest = Part(REST, [max(0.0, whole - some) for whole, some in zip(profiled, known, strict=True)])
+    ordered = sorted(operators.values(), key=lambda part: -part.median)
+    return [*ordered, rest], sorted(layers.values(), key=lambda part: part.name), by_layer
+
+
+def _on_host(event: Any) -> bool:
+    return event.device_type == torch.autograd.DeviceType.CPU
+
+
+def _add(
+    parts: dict[str, Part], name: str, number: int, count: int, took: float, calls: int, works: Iterable[Work] = ()
+) -> None:
+    part = parts.setdefault(name, Part(name, [0.0] * count))
+    part.seconds[number] += took
+    part.calls += calls
+    if number == 0:  # every pass does the same
+        part.works += works
+
+
+def _sequence_numbers(event: Any) -> list[int]:
+    """Of every operation inside this range that autograd will come back to."""
+    found, open_ = [], list(event.cpu_children)
+    while open_:
+        child = open_.pop()
+        if child.sequence_nr >= 0:
+            found.append(child.sequence_nr)
+        open_ += child.cpu_children
+    return found
+
+
+def _add_backward(
+    events: Sequence[Any],
+    forward: Mapping[int, str],
+    starts: Sequence[float],
+    count: int,
+    device: torch.device,
+    operators: dict[str, Part],
+) -> None:
+    """The gradients of each operator: autograd's nodes carry the number of the operation they belong to."""
+    for event in events:
+        if event.name.startswith("autograd::engine::evaluate_function") and event.sequence_nr in forward:
+            number = sum(start <= event.time_range.start for start in starts) - 1
+            if number >= 0:
+                name = BACKWARD + forward[event.sequence_nr]
+                _add(operators, name, number, count, _seconds(event, device), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def bottleneck(rows: Sequence[Row], what: str) -> str:
+    """One sentence: what takes most of the time, and what could make it less."""
+    top = max(rows, key=lambda row: row["seconds"])
+    text = f"{top['part']} takes {top['share']:.0%} of {what}"
+    if "of_floor" not in top:
+        return f"{text}."
+    rate = f"{top['tflops'] * 1e3:.0f} GFLOP/s" if top["bound"] == "compute" else f"{top['gb_per_s']:.0f} GB/s"
+    text += f", at {rate}: {top['of_floor']:.0%} of what this machine's {_CEILING[top['bound']]} allows"
+    if top["of_floor"] >= 0.7:
+        return f"{text}, so that little is left to gain there but by less work."
+    gain = top["seconds"] - top["floor_s"]
+    share = gain / top["seconds"] * top["share"]
+    return f"{text}, so that up to {gain * 1e3:.3g} ms a pass ({share:.0%}) could be gained."
+
+
+_CEILING = {"compute": "best matrix product", "memory": "memory"}
