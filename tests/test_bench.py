@@ -344,11 +344,15 @@ def groups(*batches, models=("tiny", "big")):
     return [plan.Group(m, "float32", t, b, "") for m in models for t in ("image", "text") for b in batches]
 
 
-def total(chosen, known, most=15, share=10.0):
+ROUNDS = plan.Rounds(15, 100, 10.0)
+ENDLESS = float("inf")
+
+
+def total(chosen, known):
     named = {peer.name: peer for peer in everybody()}
     found = 0.0
     for group, names in chosen.items():
-        calls = 1 + plan.rounds_of(group, everybody(), known, most, share)
+        calls = 1 + plan.rounds_of(group, everybody(), known, ROUNDS)
         found += sum(known.prepare(group, named[n]) + calls * known.call(group, n) for n in names)
     return found
 
@@ -356,16 +360,16 @@ def total(chosen, known, most=15, share=10.0):
 @pytest.mark.parametrize("seconds", [0.1, 5, 60, 400])
 def test_a_plan_fits_into_its_time_and_nobody_runs_alone(seconds):
     known = costs()
-    chosen = plan.choose(groups(1, 8, 32), everybody(), known, 15, 10.0, seconds)
+    chosen = plan.choose(groups(1, 8, 32), everybody(), known, ROUNDS, seconds)
     assert total(chosen, known) <= seconds
     for names in chosen.values():
         assert not names or names[:2] == ["clipfast", "openai-clip"]
-    more = plan.choose(groups(1, 8, 32), everybody(), known, 15, 10.0, 2 * seconds)
+    more = plan.choose(groups(1, 8, 32), everybody(), known, ROUNDS, 2 * seconds)
     assert sum(map(len, more.values())) >= sum(map(len, chosen.values()))
 
 
 def test_without_a_limit_everybody_runs():
-    chosen = plan.choose(groups(1, 32), everybody(), costs(), 15, float("inf"), float("inf"))
+    chosen = plan.choose(groups(1, 32), everybody(), costs(), ROUNDS._replace(share=ENDLESS), ENDLESS)
     assert all(len(names) == 5 for names in chosen.values())
 
 
@@ -384,10 +388,12 @@ def test_rounds_are_fewer_where_they_are_slow():
     known, group = costs(), groups(8)[0]
     for peer in everybody():
         known.learn(group, peer.name, 1.0)
-    assert plan.rounds_of(group, everybody(), known, 15, 40.0) == 10
-    assert plan.rounds_of(group, everybody(), known, 15, 1.0) == plan.LEAST_ROUNDS
-    assert plan.rounds_of(group, everybody(), known, 15, 1e9) == 15
-    assert plan.rounds_of(group, everybody(), known, 2, 1.0) == 2
+    assert plan.rounds_of(group, everybody(), known, plan.Rounds(15, 1, 40.0)) == 10
+    assert plan.rounds_of(group, everybody(), known, plan.Rounds(15, 1, 1.0)) == plan.LEAST_ROUNDS
+    assert plan.rounds_of(group, everybody(), known, plan.Rounds(15, 1, 1e9)) == 15
+    assert plan.rounds_of(group, everybody(), known, plan.Rounds(2, 1, 1.0)) == 2
+    one = group._replace(batch=1)
+    assert plan.rounds_of(one, everybody(), known, ROUNDS._replace(share=ENDLESS)) == 100
 
 
 def test_what_does_not_fit_is_said_to_be_out_of_time(monkeypatch, tmp_path):

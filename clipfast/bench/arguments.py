@@ -31,6 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each at the most (%(default)s)")
+    parser.add_argument("--tail", type=int, default=100, help="the same at batch 1, for p95 and p99 (%(default)s)")
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="end within this time; 0: no limit (%(default)g)"
     )

@@ -45,9 +45,13 @@ def resolve(options: argparse.Namespace) -> None:
             if chosen not in names:
                 fail(f"--{option}: expected some of {', '.join(names)}, got {chosen!r}")
     if options.quick:
-        options.rounds = min(options.rounds, 3)
-    if options.rounds < 1 or (options.threads is not None and options.threads < 1) or options.minutes < 0:
-        fail("--rounds and --threads must be at least 1, --minutes at least 0")
+        options.rounds = options.tail = min(options.rounds, 3)
+    if (
+        min(options.rounds, options.tail) < 1
+        or (options.threads is not None and options.threads < 1)
+        or options.minutes < 0
+    ):
+        fail("--rounds, --tail and --threads must be at least 1, --minutes at least 0")
     options.captions = captions_of(options.captions)
     for model in options.models:
         try:

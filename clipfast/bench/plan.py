@@ -23,6 +23,8 @@ DOUBLE = 0.2
 BUILD = 4e-9
 # where a compiler is first asked: the largest batch of which a call takes less than this
 COMPILE_SECONDS = 3.0
+# how much longer than it takes a job must count: ours with openai-clip first, a compiler's further batch sizes last
+FIRST, LATER = 0.5, 3.0
 
 
 class Group(NamedTuple):
@@ -92,10 +94,22 @@ class Costs:
         return self.flops(group) / group.batch * samples / (DOUBLE * reference)
 
 
-def rounds_of(group: Group, peers: Iterable[Peer], costs: Costs, most: int, share: float) -> int:
-    """As many as fit into `share` seconds with everybody who needs no preparation, from 3 to `most`."""
+class Rounds(NamedTuple):
+    """How many at the most, and at batch 1, where a tail is wanted too; and the seconds that they may take."""
+
+    most: int
+    tail: int
+    share: float
+
+    def at(self, batch: int) -> int:
+        return max(self.most, self.tail) if batch == 1 else self.most
+
+
+def rounds_of(group: Group, peers: Iterable[Peer], costs: Costs, rounds: Rounds) -> int:
+    """As many as fit into the seconds with everybody who needs no preparation, from 3 to the most."""
     one = sum(costs.call(group, peer.name) for peer in peers if not peer.prepares)
-    return max(min(LEAST_ROUNDS, most), most if most * one <= share else int(share / one))
+    most = rounds.at(group.batch)
+    return max(min(LEAST_ROUNDS, most), most if most * one <= rounds.share else int(rounds.share / one))
 
 
 class Job(NamedTuple):
@@ -106,18 +120,20 @@ class Job(NamedTuple):
     base: bool = False  # the group's first, without which the others are not asked
 
 
-def jobs(groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, most: int, share: float) -> Iterable[Job]:
+def jobs(groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: Rounds) -> Iterable[Job]:
     """The first of each group is ours with openai-clip: a row that is compared with nobody says nothing."""
     for group in groups:
         able = [peer for peer in peers if group.dtype in peer.dtypes]
-        calls = 1 + rounds_of(group, able, costs, most, share)
+        calls = 1 + rounds_of(group, able, costs, rounds)
         first = tuple(peer for peer in able if peer.name in (OURS, OPENAI)) or tuple(able[:1])
-        yield Job(group, first, calls * sum(costs.call(group, peer.name) for peer in first), 0.5, base=True)
+        yield Job(group, first, calls * sum(costs.call(group, peer.name) for peer in first), FIRST, base=True)
         for peer in able:
             if peer in first:
                 continue
             seconds = costs.prepare(group, peer) + calls * costs.call(group, peer.name)
-            weight = 1.0 if not peer.prepares else 0.7 if _asked_first(group, groups, peer, costs) else 3.0
+            weight = peer.weight
+            if peer.prepares and not _asked_first(group, groups, peer, costs):
+                weight = LATER
             yield Job(group, (peer,), seconds, weight)
 
 
@@ -129,12 +145,12 @@ def _asked_first(group: Group, groups: Sequence[Group], peer: Peer, costs: Costs
 
 
 def choose(
-    groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, most: int, share: float, seconds: float
+    groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: Rounds, seconds: float
 ) -> dict[Group, list[str]]:
     """The peers of each group that fit into `seconds` together; none for a group whose first job does not."""
     chosen: dict[Group, list[str]] = {group: [] for group in groups}
     left = seconds
-    found = list(jobs(groups, peers, costs, most, share))
+    found = list(jobs(groups, peers, costs, rounds))
     bases = {job.group: job.seconds * job.weight for job in found if job.base}
     for job in sorted(found, key=lambda job: (max(bases[job.group], job.seconds * job.weight), not job.base)):
         if job.seconds <= left and (job.base or chosen[job.group]):

@@ -12,7 +12,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from clipfast.bench.harness import Row
 BEGIN, END = "<!-- results: made by `make readme`, do not edit -->", "<!-- results: end -->"
 NEEDED = {"model", "tower", "dtype", "batch", "contestant", "median_s", "samples_per_s"}
 TOWERS = {"image": "image", "text": "text", "both": "both towers", "train": "train step"}
+KINDS = ("ratios", "throughput", "roofline")
 # shown where there is no figure
 STATUS = {"skipped": "out of time", "missing": "", "untimed": ""}
 
@@ -73,10 +74,36 @@ def _machine(row: Row) -> str:
     return f"{name}, {row['threads']} threads, torch {row['torch'].partition('+')[0]}"
 
 
-def markdown(rows: Sequence[Row], folder: str) -> str:
-    """The whole generated section, without its marks.   folder: of the files, as a link sees it."""
+def made(results: Path, folder: str) -> str:
+    """The section of all results, with the pictures beside them.   folder: theirs, as a link sees it.
+
+    Raises: ValueError if there are none.
+    """
+    pictures = {path.name for path in results.glob("*.svg")}
+    return markdown(read(results), folder, read_start(results), pictures)
+
+
+def read_start(folder: Path) -> list[Row]:
+    """Rows of the newest file about import, first call and memory; none if there is none."""
+    files: dict[tuple[str, str], list[Row]] = {}
+    for path in folder.glob("*-start.csv"):
+        with path.open(newline="") as file:
+            rows = [{**row, "file": path.name} for row in csv.DictReader(file)]
+        if rows:
+            files[rows[0]["date"], path.name] = rows
+    return files[max(files)] if files else []
+
+
+def markdown(
+    rows: Sequence[Row], folder: str, start: Sequence[Row] = (), pictures: Collection[str] = frozenset()
+) -> str:
+    """The whole generated section, without its marks.
+
+    folder: of the files, as a link sees it.   start: rows of `read_start`.   pictures: names of those there are.
+    """
     found: dict[Key, list[Row]] = {}
-    for row in newest(rows):
+    chosen = newest(rows)
+    for row in chosen:
         found.setdefault(Key(_machine(row), row["model"], int(row["batch"])), []).append(row)
     parts: list[str] = []
     machine = ""
@@ -91,7 +118,13 @@ def markdown(rows: Sequence[Row], folder: str) -> str:
                 "clipfast is. Behind a tower with text: tokens in a caption, uniform."
             )
         parts += _section(key, found[key], folder)
+    parts += _tails([row for key in sorted(found) for row in found[key]])
+    parts += _start(start, folder)
     parts += _errors([row for key in sorted(found) for row in found[key]])
+    for stem in sorted({row["file"].removesuffix(".csv") for row in chosen}):
+        parts += [
+            f"![{kind} of {stem}]({folder}/{stem}-{kind}.svg)" for kind in KINDS if f"{stem}-{kind}.svg" in pictures
+        ]
     return "\n\n".join(parts)
 
 
@@ -151,7 +184,39 @@ def _losses(cells: Mapping[tuple[str, str], Row], ours: Mapping[str, Mapping[str
         if name != peers.OURS and row["median_s"] != "" and ours[column].get("median_s", "") != "":
             ratio = float(ours[column]["median_s"]) / float(row["median_s"])
             if ratio > 1:
-                yield f"in {column} to {name} ({_three(ratio)}x as fast)"
+                about = ", approximate" if row["status"] == "approximate" else ""
+                yield f"in {column} to {name} ({_three(ratio)}x as fast{about})"
+
+
+def _tails(rows: Sequence[Row]) -> Iterator[str]:
+    """Percentiles of single calls, where enough were made."""
+    lines = []
+    for row in rows:
+        if row["batch"] == "1" and row.get("p95_s"):
+            times = [_three(1e3 * float(row[name])) if row.get(name) else "" for name in ("median_s", "p95_s", "p99_s")]
+            lines.append(
+                f"| {row['model']} {_column(row)} | {row['contestant']} | {' | '.join(times)} | {row['rounds']} |"
+            )
+    if lines:
+        yield "Latency at batch 1, milliseconds (a percentile is left out where too few calls fitted into the time):"
+        yield "\n".join(["| | | p50 | p95 | p99 | calls |", "|---|---|---|---|---|---|", *lines])
+
+
+def _start(rows: Sequence[Row], folder: str) -> Iterator[str]:
+    """What a process pays once."""
+    timed = [row for row in rows if row["status"] == "ok"]
+    if not timed:
+        return
+    first, name = timed[0], timed[0]["file"]
+    what = f"{first['model']} {first['dtype']} ([{name}]({folder}/{name}))"
+    yield f"What a process pays once, {what}; import is beyond torch's own:"
+    lines = ["| | import, s | first image, ms | second | first caption, ms | second | memory, MiB |", "|---" * 7 + "|"]
+    for row in timed:
+        calls = [f"{w}_{t}_s" for t in ("image", "text") for w in ("first", "second")]
+        times = [_three(1e3 * float(row[column])) for column in calls]
+        memory = f"{float(row['peak_bytes']) / 2**20:.0f}"
+        lines.append(f"| {row['contestant']} | {float(row['import_s']):.2f} | {' | '.join(times)} | {memory} |")
+    yield "\n".join(lines)
 
 
 def _errors(rows: Sequence[Row]) -> Iterator[str]:
@@ -210,14 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", action="store_true", help="draw the pictures anew")
     options = parser.parse_args(argv)
     try:
+        if options.plots:
+            print("\n".join(map(str, draw(options.results))))
         folder = options.results.as_posix()
         old = options.readme.read_text()
-        new = replaced(old, markdown(read(options.results), folder))
-    except (OSError, ValueError) as error:
+        new = replaced(old, made(options.results, folder))
+    except (OSError, ValueError, ImportError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    if options.plots:
-        print("\n".join(map(str, draw(options.results))))
     if options.check:
         print("the README is what the results give" if new == old else "the README differs: run `make readme`")
         return int(new != old)

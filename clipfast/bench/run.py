@@ -33,9 +33,9 @@ START_COLUMNS = (
 # kept of the time for tables, plots and what a prediction is wrong by
 RESERVE = 0.06
 # seconds of float64 for one group
-EXACT_SECONDS = 3.0
+EXACT_SECONDS = 2.0
 # of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
-SHARE = 0.4
+SHARE = 0.25
 # memory of activations, as copies of the widest tensor of a block
 ACTIVATIONS = 8
 
@@ -147,22 +147,22 @@ class Run:
         """Who takes part in this group by the plan made now, and in how many rounds."""
         options, rest = self.options, self._left(group)
         named = [peer for peer in self.peers if peer.name not in self.missing]
-        per_group = SHARE * self.budget.left() / len(rest)
+        rounds = plan.Rounds(options.rounds, options.tail, SHARE * self.budget.left() / len(rest))
         overhead = sum(
             self.costs.start(model, dtype, len(named)) for model, dtype in {(g.model, g.dtype) for g in rest[1:]}
         )
         overhead += EXACT_SECONDS * len(rest) / 2
         seconds = self.budget.left() - overhead
-        chosen = plan.choose(rest, named, self.costs, options.rounds, per_group, seconds)
+        chosen = plan.choose(rest, named, self.costs, rounds, seconds)
         able = [peer for peer in named if peer.name in chosen[group]]
-        self.bar.plan(max(0.0, min(self.budget.left(), self._predicted(chosen, per_group) + overhead)))
-        return chosen[group], plan.rounds_of(group, able, self.costs, options.rounds, per_group)
+        self.bar.plan(max(0.0, min(self.budget.left(), self._predicted(chosen, rounds) + overhead)))
+        return chosen[group], plan.rounds_of(group, able, self.costs, rounds)
 
-    def _predicted(self, chosen: Mapping[Group, Sequence[str]], share: float) -> float:
+    def _predicted(self, chosen: Mapping[Group, Sequence[str]], rounds: plan.Rounds) -> float:
         total = 0.0
         for group, names in chosen.items():
             able = [peer for peer in self.peers if peer.name in names]
-            calls = 1 + plan.rounds_of(group, able, self.costs, self.options.rounds, share)
+            calls = 1 + plan.rounds_of(group, able, self.costs, rounds)
             total += sum(self.costs.prepare(group, p) + calls * self.costs.call(group, p.name) for p in able)
         return total
 

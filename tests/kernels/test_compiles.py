@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "clipfast" / "kernels"
 
 # kernels with one fault each, and one without
-TOYS = """
+TOYS = '''
 import torch
 import triton
 import triton.language as tl
@@ -68,8 +68,8 @@ CASES = {
     "group": lambda: _dot_kernel[(1,)](X, Y, 9, M=64, N=32, K=16, num_warps=4),
     "shared": lambda: _dot_kernel[(1,)](X, Y, 9, M=128, N=128, K=128, num_warps=8, num_stages=5),
 }
-"""
-FATAL = """
+'''
+FATAL = '''
 import multiprocessing
 import os
 
@@ -83,7 +83,7 @@ if multiprocessing.parent_process() is not None:
 @triton.jit
 def _fatal_kernel(x_ptr, N: tl.constexpr):
     tl.store(x_ptr, 0.0)
-"""
+'''
 
 
 def report(folder: Path, *command: str, timeout: int = 600) -> tuple[int, str, list[dict[str, str]]]:

@@ -55,6 +55,7 @@ class Peer(NamedTuple):
 
     distribution: whose version is shown.   approximate: computes something else on purpose, so it is never an equal.
     prepares:     seconds that preparing one call takes for each layer, as a first guess (compilers).
+    weight:       below 1 it is asked before others that take as long.
     devices:      where it runs.   dtypes: names of what it computes in.
     """
 
@@ -63,6 +64,7 @@ class Peer(NamedTuple):
     build: Callable[[Spec], Prepare]
     approximate: bool = False
     prepares: float = 0.0
+    weight: float = 1.0
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 

@@ -102,7 +102,13 @@ def open_session(runtime: Any, path: Path) -> Any:
 
 PEERS = (
     Peer(
-        NAME, "onnxruntime", functools.partial(build, int8=False), prepares=1.5, devices=("cpu",), dtypes=("float32",)
+        NAME,
+        "onnxruntime",
+        functools.partial(build, int8=False),
+        prepares=1.0,
+        weight=0.7,
+        devices=("cpu",),
+        dtypes=("float32",),
     ),
-    Peer(INT8, "onnxruntime", functools.partial(build, int8=True), True, 2.5, ("cpu",), ("float32",)),
+    Peer(INT8, "onnxruntime", functools.partial(build, int8=True), True, 1.5, devices=("cpu",), dtypes=("float32",)),
 )
