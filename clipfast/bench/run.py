@@ -36,6 +36,8 @@ RESERVE = 0.06
 EXACT_SECONDS = 2.0
 # of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
 SHARE = 0.25
+# how many times that it may take if the prediction was too low
+LATE = 2
 # memory of activations, as copies of the widest tensor of a block
 ACTIVATIONS = 8
 
@@ -147,7 +149,8 @@ class Run:
         """Who takes part in this group by the plan made now, and in how many rounds."""
         options, rest = self.options, self._left(group)
         named = [peer for peer in self.peers if peer.name not in self.missing]
-        rounds = plan.Rounds(options.rounds, options.tail, SHARE * self.budget.left() / len(rest))
+        self.share = SHARE * self.budget.left() / len(rest)
+        rounds = plan.Rounds(options.rounds, options.tail, self.share)
         overhead = sum(
             self.costs.start(model, dtype, len(named)) for model, dtype in {(g.model, g.dtype) for g in rest[1:]}
         )
@@ -223,7 +226,13 @@ class Run:
         return f"batch {group.batch} takes about {needed / 2**30:.0f} GiB; {available / 2**30:.0f} GiB are free"
 
     def _entries(
-        self, group: Group, spec: peers.Spec, batch: peers.Batch, names: Sequence[str], built: dict[str, peers.Prepare]
+        self,
+        group: Group,
+        spec: peers.Spec,
+        batch: peers.Batch,
+        names: Sequence[str],
+        built: dict[str, peers.Prepare],
+        rows: dict[str, Row],
     ) -> tuple[dict[str, contest.Entry], dict[str, float]]:
         """Contestant -> call, and peer -> seconds of preparing it. Who cannot be built is missing from now on."""
         entries: dict[str, contest.Entry] = {}
@@ -235,15 +244,17 @@ class Run:
             try:
                 if peer.name not in built:
                     built[peer.name] = peer.build(spec)
-                start = time.perf_counter()
-                calls = built[peer.name](group.tower, batch)
-                seconds[peer.name] = time.perf_counter() - start
-            except peers.Missing as error:
-                self.missing[peer.name] = str(error)
-                continue
             except Exception as error:
-                self.missing[peer.name] = f"not run: {harness.reason(error)}"
+                known = isinstance(error, peers.Missing)
+                self.missing[peer.name] = str(error) if known else f"not run: {harness.reason(error)}"
                 continue
+            start = time.perf_counter()
+            try:
+                calls = built[peer.name](group.tower, batch)
+            except Exception as error:  # of this size only
+                rows[peer.name] = contest.failure(error)
+                continue
+            seconds[peer.name] = time.perf_counter() - start
             entries |= {name: contest.Entry(peer.name, call, peer.approximate) for name, call in calls.items()}
         return entries, seconds
 
@@ -257,7 +268,7 @@ class Run:
         built: dict[str, peers.Prepare],
         rows: dict[str, Row],
     ) -> None:
-        entries, prepared = self._entries(group, spec, batch, names, built)
+        entries, prepared = self._entries(group, spec, batch, names, built, rows)
         self.bar.say(f"{group.title()}: float64 reference")
         truth = self._truth(group, spec, batch)
         by_name = {peer.name: peer for peer in self.peers}
@@ -273,17 +284,20 @@ class Run:
             accepted = contest.check(entries, truth, group.batch, spec.dtype, rows, seen)
         approximate = frozenset(name for name, entry in entries.items() if entry.approximate)
         one = sum(self.costs.call(group, name) for name in names)
-        contest.time_accepted(
-            accepted,
-            rows,
-            rounds,
-            tick=lambda done: self.bar.say(f"{group.title()}: {done} more rounds"),
-            least=plan.LEAST_ROUNDS,
-            left=self.budget.left,
-            slow=one > contest.QUICK_ROUND,
-            approximate=approximate,
-        )
-        self._learn(group, entries, rows, prepared)
+        try:
+            contest.time_accepted(
+                accepted,
+                rows,
+                rounds,
+                tick=lambda done: self.bar.say(f"{group.title()}: {done} more rounds"),
+                least=plan.LEAST_ROUNDS,
+                # a prediction may have been far too low
+                left=self.budget.part(LATE * self.share).left,
+                slow=one > contest.QUICK_ROUND,
+                approximate=approximate,
+            )
+        finally:
+            self._learn(group, entries, rows, prepared)
 
     def _learn(
         self, group: Group, entries: Mapping[str, contest.Entry], rows: Mapping[str, Row], prepared: Mapping[str, float]

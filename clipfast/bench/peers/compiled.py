@@ -18,11 +18,9 @@ NAME = f"{OPENAI} torch.compile"
 
 def build(spec: Spec, name: str, **how: Any) -> Prepare:
     """how: torch.compile's arguments."""
-    made = openai.model(spec)
+    made = openai.shared(spec)
 
     def prepare(tower: str, batch: Batch) -> Calls:
-        # what an earlier size left behind would count as another recompilation, and after a few PyTorch gives up
-        torch.compiler.reset()
         images, text = batch.images.to(spec.dtype), batch.text.int()
         if tower == "image":
             return {name: compiled(made.encode_image, images, **how)}

@@ -37,7 +37,7 @@ def build(spec: Spec, *, int8: bool) -> Prepare:
     module("onnxscript", "onnxscript")  # torch's exporter needs it
     if spec.dtype != torch.float32:
         raise Missing("onnxruntime: float32 weights only")
-    made = openai.model(spec)
+    made = openai.shared(spec)
 
     def prepare(tower: str, batch: Batch) -> Calls:
         if tower == "both":

@@ -17,7 +17,10 @@ def build(spec: Spec) -> Prepare:
     if spec.dtype not in HINTS:
         raise Missing(f"OpenVINO: no hint for {spec.dtype}")
     # the hint says what it computes in; the weights come as the float32 numbers that everybody's rounding leaves
-    made = openai.model(spec._replace(weights=rounded(spec.weights, spec.dtype), dtype=torch.float32))
+    if spec.dtype == torch.float32:
+        made = openai.shared(spec)
+    else:
+        made = openai.model(spec._replace(weights=rounded(spec.weights, spec.dtype), dtype=torch.float32))
     core = library.Core()
 
     def prepare(tower: str, batch: Batch) -> Calls:
