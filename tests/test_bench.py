@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from clipfast.bench import ceilings, contest, environment, harness, peers, plan, run, start, tables, training, workload
-from clipfast.bench.peers import Missing, Peer
+from clipfast.bench.peers import Missing, Peer, openai
 from clipfast.cli import main
 from clipfast.roofline import Work
 
@@ -216,6 +216,8 @@ def raising(name, error, *, when):
         prepare = peers.known()[peers.OURS].build(spec)
 
         def made(tower, batch):
+            if when == "prepare" and tower == "image":
+                raise error
             results = iter([prepare(tower, batch)["clipfast"]()] if when == "later" else [])
 
             def call():
@@ -238,6 +240,7 @@ def test_failures_cost_their_own_row_only(monkeypatch, tmp_path, capsys):
         raising("early", MemoryError("out of memory"), when="check"),
         raising("late", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), when="later"),
         raising("later", ValueError("no"), when="later"),
+        raising("unprepared", ValueError("no such size"), when="prepare"),
     )
     assert bench(tmp_path) == 0
     found = {(row["tower"], row["contestant"]): (row["status"], row["note"]) for row in rows_of(tmp_path)}
@@ -245,6 +248,8 @@ def test_failures_cost_their_own_row_only(monkeypatch, tmp_path, capsys):
         assert found[tower, "absent"] == ("missing", "absent is not installed")
         assert found[tower, "unbuilt"] == ("missing", "not run: RuntimeError: no room at <path>")
         assert found[tower, "clipfast"] == ("ok", "")
+    assert found["image", "unprepared"] == ("failed", "ValueError: no such size")
+    assert ("text", "unprepared") not in found  # it has no text tower, and was asked all the same
     assert found["image", "early"] == ("out of memory", "MemoryError: out of memory")
     assert found["image", "late"][0] == "out of memory" and found["image", "later"] == ("failed", "ValueError: no")
     assert "absent: absent is not installed" in capsys.readouterr().out
@@ -480,6 +485,29 @@ def test_importing_clipfast_brings_nothing_slow():
 
 
 # ---- ceilings and pictures ----
+
+
+def test_a_slow_machine_does_not_spend_minutes_on_its_ceiling(monkeypatch):
+    calls = []
+
+    def slow(way, device):
+        calls.append(way)
+        monkeypatch.setattr(ceilings, "SECONDS", -1.0)
+        return 2.0
+
+    monkeypatch.setattr(ceilings, "on_device", slow)
+    assert ceilings.product_flops_per_s(torch.device("cpu"), torch.float32, 8) == 2 * 8**3 / 2.0
+    ways = len(ceilings.products(*ceilings.operands(8, 8, 8, torch.float32)))
+    assert len(calls) == ways + 1  # a warm-up of each, and one that counts
+
+
+def test_readers_of_openai_clip_share_one_model():
+    installed.openai_clip()
+    spec = peers.Spec(workload.random_weights(TINY), TINY, torch.float32)
+    first = openai.shared(spec)
+    assert openai.shared(spec._replace(architecture={})) is first
+    assert openai.shared(spec._replace(dtype=torch.bfloat16)) is not first
+    assert openai.shared(spec._replace(weights=dict(spec.weights))) is not first
 
 
 def test_ceilings_are_measured_and_plausible(monkeypatch):

@@ -42,8 +42,9 @@ class Truth(NamedTuple):
     columns: Tensor | None = None
 
     def of(self, output: Tensor) -> Tensor:
-        rows = output[self.chosen.to(output.device)]
-        return rows if self.columns is None else rows[:, self.columns.to(output.device)]
+        """These rows of an output on any device, on the CPU as `exact` is."""
+        rows = output[self.chosen.to(output.device)].cpu()
+        return rows if self.columns is None else rows[:, self.columns]
 
 
 def failure(error: BaseException) -> Row:

@@ -32,6 +32,8 @@ START_COLUMNS = (
 )
 # kept of the time for tables, plots and what a prediction is wrong by
 RESERVE = 0.06
+# the share of it after which no further contestant's start is measured
+START = 0.1
 # seconds of float64 for one group
 EXACT_SECONDS = 2.0
 # of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
@@ -127,10 +129,11 @@ class Run:
         from clipfast.bench import start
 
         model, dtype = self.options.models[0], self.options.dtypes[0]
+        spent = self.budget.part(self.budget.left())
         for peer in self.peers:
             if peer.prepares or dtype not in peer.dtypes:
                 continue
-            if not self.budget.allows(start.SECONDS):
+            if spent.spent() > START * self.budget.left() or not self.budget.allows(start.SECONDS):
                 break
             self.bar.say(f"{peer.name}: import, first call and memory, in a process of its own")
             row = start.measure(peer.name, model, dtype, self.device, self.options.captions)

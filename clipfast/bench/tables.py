@@ -80,7 +80,8 @@ def print_group(title: str, rows: Mapping[str, Row], missing: Mapping[str, str])
     for name, why in missing.items():
         by_note.setdefault(why, []).append(name)
     notes = [f"{', '.join(names)}: {note}" for note, names in by_note.items()]
-    print_table(title, HEADER, (line(name, row) for name, row in shown.items()), notes)
+    header = HEADER if shown else ("",)
+    print_table(title, header, (line(name, row) for name, row in shown.items()), notes)
 
 
 def ceilings(found: Mapping[str, float]) -> str:
