@@ -373,6 +373,15 @@ def test_a_plan_fits_into_its_time_and_nobody_runs_alone(seconds):
     assert sum(map(len, more.values())) >= sum(map(len, chosen.values()))
 
 
+def test_nobody_is_asked_where_ours_does_not_fit():
+    known, group = costs(), groups(8)[0]
+    for peer in everybody():
+        known.learn(group, peer.name, 0.01 if peer.name == "open_clip" else 1.0)
+    # at least 4 calls of ours and openai-clip each; of open_clip 0.04 s would fit
+    assert plan.choose([group], everybody(), known, ROUNDS._replace(share=0.0), 5.0) == {group: []}
+    assert "open_clip" in plan.choose([group], everybody(), known, ROUNDS._replace(share=0.0), 8.1)[group]
+
+
 def test_without_a_limit_everybody_runs():
     chosen = plan.choose(groups(1, 32), everybody(), costs(), ROUNDS._replace(share=ENDLESS), ENDLESS)
     assert all(len(names) == 5 for names in chosen.values())

@@ -24,19 +24,21 @@ OUTSIDE = "outside the blocks"
 
 
 class Call(NamedTuple):
-    """One call of an operator: its range in the trace, where in the model, and the least work of it."""
+    """One call of an operator: its range in the trace, in which pass, where in the model, and the least work of it."""
 
     name: str
+    number: int
     operator: str
     layer: str
     works: list[Work]
 
 
 class Marks:
-    """The calls made while `marked` was open, in order."""
+    """The calls made while `marked` was open, in order.   number: of the pass, which whoever counts passes sets."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.number = 0
         self.layer = OUTSIDE
 
 
@@ -48,7 +50,7 @@ def marked(model: nn.Module) -> Iterator[Marks]:
 
     def marked_run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
         name = f"{PREFIX}{operator} {len(marks.calls)}"
-        marks.calls.append(Call(name, operator, marks.layer, works_of_call(operator, *arguments)))
+        marks.calls.append(Call(name, marks.number, operator, marks.layer, works_of_call(operator, *arguments)))
         with record_function(name):
             return run(operator, x, tensors, *arguments)
 

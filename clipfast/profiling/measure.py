@@ -15,11 +15,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from clipfast import roofline
 from clipfast.bench.ceilings import COPY
 from clipfast.bench.harness import Row, significant
-from clipfast.profiling.marks import PREFIX, Marks, marked, wait
+from clipfast.profiling.marks import PREFIX, Call, Marks, marked, wait
 from clipfast.roofline import Work
 
 REST, BACKWARD = "everything else", "backward of "
-STAGE = f"{PREFIX}stage "
+STAGE, PASS = f"{PREFIX}stage ", f"{PREFIX}pass "
 
 
 @dataclass
@@ -74,16 +74,18 @@ def passes(step: Callable[[], object], model: nn.Module, device: torch.device, c
         step()
     plain = statistics.median(_timed(step, device) for _ in range(count))
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    marks_of: list[Marks] = []
-    profiled: list[float] = []
-    with profile(activities=activities) as prof:
-        for number in range(count):
-            with marked(model) as marks, record_function(f"{PREFIX}pass {number}"):
-                profiled.append(_timed(step, device))
-            marks_of.append(marks)
+    with profile(activities=activities) as prof, marked(model) as marks:
+        for marks.number in range(count):
+            with record_function(f"{PASS}{marks.number}"):
+                _timed(step, device)
     events = list(prof.events())
+    # by the same clock as the parts: under load it and perf_counter may differ
+    ranges = {
+        event.name: event.cpu_time_total / 1e6 for event in events if event.name.startswith(PASS) and _on_host(event)
+    }
+    profiled = [ranges[f"{PASS}{number}"] for number in range(count)]
     whole = statistics.median(profiled)
-    parts, layers, by_layer = _split(events, marks_of, device, profiled)
+    parts, layers, by_layer = _split(events, marks, device, profiled)
     return Profile(parts, layers, by_layer, plain, whole, prof)
 
 
@@ -101,37 +103,31 @@ def _seconds(event: Any, device: torch.device) -> float:
 
 
 def _split(
-    events: Sequence[Any], marks_of: Sequence[Marks], device: torch.device, profiled: Sequence[float]
+    events: Sequence[Any], marks: Marks, device: torch.device, profiled: Sequence[float]
 ) -> tuple[list[Part], list[Part], dict[str, dict[str, float]]]:
     """Operators and layers, the rest of each pass as one more part."""
-    starts = sorted(e.time_range.start for e in events if e.name.startswith(f"{PREFIX}pass ") and _on_host(e))
     count = len(profiled)
     operators: dict[str, Part] = {}
     layers: dict[str, Part] = {}
     by_layer: dict[str, dict[str, float]] = {}
-    # the same name in every pass: a number says which call of the pass it is
-    calls = [{call.name: call for call in marks.calls} for marks in marks_of]
-    forward: dict[int, str] = {}  # autograd's sequence number -> operator
+    calls = {call.name: call for call in marks.calls}
+    forward: dict[int, Call] = {}  # by autograd's sequence number
     for event in events:
-        if not event.name.startswith(PREFIX) or not _on_host(event):
-            continue
-        number = sum(start <= event.time_range.start for start in starts) - 1
-        call = calls[number].get(event.name) if number >= 0 else None
-        if event.name.startswith(STAGE):
-            _add(operators, event.name.removeprefix(STAGE), number, count, _seconds(event, device), 1)
-        if call is None:
+        if not _on_host(event):
             continue
         took = _seconds(event, device)
-        _add(operators, call.operator, number, count, took, 1, call.works)
-        _add(layers, call.layer, number, count, took, 1, call.works)
+        if event.name.startswith(STAGE):
+            name = event.name.removeprefix(STAGE)
+            seen = operators[name].calls if name in operators else 0  # a stage runs once a pass
+            _add(operators, name, seen, count, took)
+        if (call := calls.get(event.name)) is None:
+            continue
+        _add(operators, call.operator, call.number, count, took, call.works)
+        _add(layers, call.layer, call.number, count, took, call.works)
         inside = by_layer.setdefault(call.layer, {})
         inside[call.operator] = inside.get(call.operator, 0.0) + took / count
-        forward |= dict.fromkeys(_sequence_numbers(event), call.operator)
-    _add_backward(events, forward, starts, count, device, operators)
-    for name, part in operators.items():
-        if name.startswith(BACKWARD):
-            forward_works = operators[name.removeprefix(BACKWARD)].works
-            part.works = [roofline.backward(work, inputs="patch_embed" not in name) for work in forward_works]
+        forward |= dict.fromkeys(_sequence_numbers(event), call)
+    _add_backward(events, forward, count, device, operators)
     for part in (*operators.values(), *layers.values()):
         part.calls //= count
     known = [sum(part.seconds[i] for part in operators.values()) for i in range(count)]
@@ -145,12 +141,10 @@ def _on_host(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CPU
 
 
-def _add(
-    parts: dict[str, Part], name: str, number: int, count: int, took: float, calls: int, works: Iterable[Work] = ()
-) -> None:
+def _add(parts: dict[str, Part], name: str, number: int, count: int, took: float, works: Iterable[Work] = ()) -> None:
     part = parts.setdefault(name, Part(name, [0.0] * count))
     part.seconds[number] += took
-    part.calls += calls
+    part.calls += 1
     if number == 0:  # every pass does the same
         part.works += works
 
@@ -167,20 +161,17 @@ def _sequence_numbers(event: Any) -> list[int]:
 
 
 def _add_backward(
-    events: Sequence[Any],
-    forward: Mapping[int, str],
-    starts: Sequence[float],
-    count: int,
-    device: torch.device,
-    operators: dict[str, Part],
+    events: Sequence[Any], forward: Mapping[int, Call], count: int, device: torch.device, operators: dict[str, Part]
 ) -> None:
     """The gradients of each operator: autograd's nodes carry the number of the operation they belong to."""
     for event in events:
         if event.name.startswith("autograd::engine::evaluate_function") and event.sequence_nr in forward:
-            number = sum(start <= event.time_range.start for start in starts) - 1
-            if number >= 0:
-                name = BACKWARD + forward[event.sequence_nr]
-                _add(operators, name, number, count, _seconds(event, device), 1)
+            call = forward[event.sequence_nr]
+            _add(operators, BACKWARD + call.operator, call.number, count, _seconds(event, device))
+    for name, part in operators.items():
+        if name.startswith(BACKWARD):
+            works = operators[name.removeprefix(BACKWARD)].works
+            part.works = [roofline.backward(work, inputs="patch_embed" not in name) for work in works]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
