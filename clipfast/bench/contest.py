@@ -41,6 +41,11 @@ class Truth(NamedTuple):
     width: int
     columns: Tensor | None = None
 
+    @property
+    def embeddings(self) -> int:
+        """Whose errors meet in one number of the output."""
+        return 1 if self.columns is None else 2
+
     def of(self, output: Tensor) -> Tensor:
         """These rows of an output on any device, on the CPU as `exact` is."""
         rows = output[self.chosen.to(output.device)].cpu()
@@ -84,11 +89,11 @@ def check(
             rows[name] = failure(error)
             continue
         seen(name, time.perf_counter() - start)
-        wrong = harness.verdict(found, dtype)
+        wrong = harness.verdict(found, dtype, truth.embeddings)
         if entry.approximate:
             wrong = "" if found["cos_gap_p99"] <= ROUGHEST_GAP else f"cos_gap_p99 > {ROUGHEST_GAP:g}"
         elif not wrong and first is not None:
-            wrong = _differs(output, first, dtype)
+            wrong = _differs(output, first, dtype, truth.embeddings)
         rows[name] = {"status": "WRONG", "note": wrong, **found} if wrong else {"status": "untimed", **found}
         if not wrong:
             accepted[name] = entry.call
@@ -97,10 +102,10 @@ def check(
     return accepted
 
 
-def _differs(output: Tensor, first: tuple[str, Tensor], dtype: torch.dtype) -> str:
+def _differs(output: Tensor, first: tuple[str, Tensor], dtype: torch.dtype, embeddings: int) -> str:
     """Empty, or which row is not that of the first contestant: float64 sees a few samples only."""
     # each may be SLACK from the exact answer, on opposite sides: twice the angle
-    bound = 4 * harness.SLACK * COSINE_GAPS[dtype]
+    bound = 4 * embeddings**2 * harness.SLACK * COSINE_GAPS[dtype]
     gaps = cosine_gap(output, first[1])
     if len(gaps) == 1 or output.shape[1] == 1 or bool((gaps <= bound).all()):
         return ""

@@ -58,13 +58,15 @@ def errors(output: Tensor, exact: Tensor) -> Row:
     return {name: significant(value) for name, value in rows.items()}
 
 
-def verdict(found: Row, dtype: torch.dtype) -> str:
+def verdict(found: Row, dtype: torch.dtype, embeddings: int = 1) -> str:
     """Empty if the errors are those of the same function in this dtype, else what is wrong.
+
+    embeddings: whose errors meet in one number: 2 in a logit, so that the angle may be twice as large.
 
     The cosine does not see a wrong length, so the relative RMS has a bound too: that of rows of the right length at
     the greatest angle allowed, 1 - cos = rel_rms ** 2 / 2.
     """
-    gap = SLACK * COSINE_GAPS[dtype]
+    gap = embeddings**2 * SLACK * COSINE_GAPS[dtype]
     bounds = {"cos_gap_p99": gap, "rel_rms": math.sqrt(2 * gap)}
     # not <=: NaN is wrong
     broken = [f"{name} {found[name]:.2g} > {bound:.2g}" for name, bound in bounds.items() if not found[name] <= bound]

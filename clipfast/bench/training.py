@@ -37,7 +37,8 @@ CHECKED = (
     "logit_scale",
 )
 # greatest relative RMS error of a gradient: far above rounding through a whole model, far below a wrong term
-BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+# (ViT-B/32, 2 pairs, a CPU: openai-clip 4.4e-6 in float32, 4.6e-2 in bfloat16)
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.03}
 # (images, text) -> (image features, text features, scale), features normalised
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
