@@ -73,6 +73,8 @@ def test_environment_names_no_person_and_no_place():
     assert set(facts) == set(environment.ENVIRONMENT)
     assert not any("/" in str(value) for value in facts.values())
     assert harness.reason(OSError("cannot open /home/me/x.so: no\nmore")) == "OSError: cannot open <path>: no"
+    assert environment.clock(torch.device("cpu")).keys() <= {"mhz", "governor", "load"}
+    assert environment.available_bytes(torch.device("cpu")) > 0
 
 
 def test_an_image_is_the_same_in_every_batch():

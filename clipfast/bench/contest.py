@@ -10,16 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipfast.bench import harness
+from clipfast.bench import environment, harness, workload
 from clipfast.bench.accuracy import COSINE_GAPS, cosine_gap
 from clipfast.bench.harness import Function, Row
-from clipfast.bench.plan import FEW
+from clipfast.bench.plan import FEW, Group
 
 # of a contestant that computes something else on purpose: beyond this it is not an approximation but wrong
 ROUGHEST_GAP = 0.1
 # rounds that take less than this get one more that is not timed
 QUICK_ROUND = 2.0
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate", "bad allocation", "bad_alloc")
+
+
+# memory of activations, as copies of the widest tensor of a block
+ACTIVATIONS = 8
 
 
 class Entry(NamedTuple):
@@ -50,6 +54,19 @@ class Truth(NamedTuple):
         """These rows of an output on any device, on the CPU as `exact` is."""
         rows = output[self.chosen.to(output.device)].cpu()
         return rows if self.columns is None else rows[:, self.columns]
+
+
+def too_large(group: Group, device: torch.device) -> str:
+    """Why this batch cannot be tried, empty if it can: the kernel would end the whole run, not refuse the memory."""
+    sizes = workload.ARCHITECTURES[group.model]
+    side, width = sizes["image_resolution"], sizes["vision_width"]
+    patches = (side // (sizes["vision_patch_size"] or 4)) ** 2
+    elements = 2 * 3 * side**2 + ACTIVATIONS * (patches + 1) * width
+    needed = 4 * group.batch * elements * (3 if group.tower == "train" else 1)
+    available = environment.available_bytes(device)
+    if needed <= available:
+        return ""
+    return f"batch {group.batch} takes about {needed / 2**30:.0f} GiB; {available / 2**30:.0f} GiB are free"
 
 
 def failure(error: BaseException) -> Row:

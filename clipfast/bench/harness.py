@@ -101,9 +101,9 @@ def time_rounds(
     least: int = 1,
     left: Callable[[], float] = lambda: math.inf,
 ) -> dict[str, str]:
-    """Time every function in interleaved rounds, a full rotation of the order at a time.
+    """Time every function in interleaved rounds; the order rotates from round to round.
 
-    seconds: filled as rotations finish, so that an interrupted run keeps those it has.
+    seconds: filled as rounds finish, so that an interrupted run keeps those it has.
     tick:    called with the number of rounds just finished.
     warmup:  untimed rounds before the first.
     least, left: after `least` rounds no more start once left(), in seconds, is 0.
@@ -114,17 +114,19 @@ def time_rounds(
     failed: dict[str, str] = {}
     done = 0
     while done < rounds and functions and (done < least or left() > 0):
-        some = min(len(functions), rounds - done)
+        names = list(functions)
+        first = done % len(names)
+        turn = {name: functions[name] for name in names[first:] + names[:first]}
         try:
-            found = interleaved(functions, rounds=some, warmup=0 if done else warmup)
+            found = interleaved(turn, rounds=1, warmup=0 if done else warmup)
         except Failed as failure:
             failed[failure.name] = failure.why
             del functions[failure.name], seconds[failure.name]
             continue
         for name, times in found.items():
             seconds[name] += times
-        done += some
-        tick(some)
+        done += 1
+        tick(1)
     return failed
 
 

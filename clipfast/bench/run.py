@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from clipfast import roofline
-from clipfast.bench import ceilings, contest, environment, harness, output, peers, plan, tables, workload
+from clipfast.bench import ceilings, contest, environment, exact, harness, output, peers, plan, tables, workload
 from clipfast.bench.budget import Budget
+from clipfast.bench.exact import Exact
 from clipfast.bench.harness import Row, significant
 from clipfast.bench.plan import Group
 
@@ -34,14 +35,10 @@ START_COLUMNS = (
 RESERVE = 0.06
 # the share of it after which no further contestant's start is measured
 START = 0.1
-# seconds of float64 for one group
-EXACT_SECONDS = 2.0
 # of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
 SHARE = 0.25
 # how many times that it may take if the prediction was too low
 LATE = 2
-# memory of activations, as copies of the widest tensor of a block
-ACTIVATIONS = 8
 
 
 class Run:
@@ -72,7 +69,7 @@ class Run:
             for batch in options.batch
         ]
         self.costs = plan.Costs(self.ceilings, workload.ARCHITECTURES)
-        self.exact_images: dict[tuple[str, str, int], Tensor] = {}
+        self.exact = Exact(self.costs)
         self.path = self._open()
 
     def _open(self) -> Path:
@@ -157,7 +154,7 @@ class Run:
         overhead = sum(
             self.costs.start(model, dtype, len(named)) for model, dtype in {(g.model, g.dtype) for g in rest[1:]}
         )
-        overhead += EXACT_SECONDS * len(rest) / 2
+        overhead += exact.SECONDS * len(rest) / 2
         seconds = self.budget.left() - overhead
         chosen = plan.choose(rest, named, self.costs, rounds, seconds)
         able = [peer for peer in named if peer.name in chosen[group]]
@@ -192,7 +189,7 @@ class Run:
         names, rounds = self._chosen(group)
         rows: dict[str, Row] = {}
         text = None
-        short = self._too_large(group)
+        short = contest.too_large(group, self.device)
         try:
             if names and not short:
                 self.bar.say(group.title())
@@ -215,18 +212,6 @@ class Run:
                 elif peer.name not in names and peer.name not in self.missing:
                     rows.setdefault(peer.name, skipped)
             self._report(group, spec.architecture, rows, text)
-
-    def _too_large(self, group: Group) -> str:
-        """Why this batch cannot be tried; the kernel would end the whole run instead of refusing the memory."""
-        sizes = workload.ARCHITECTURES[group.model]
-        side, width = sizes["image_resolution"], sizes["vision_width"]
-        patches = (side // (sizes["vision_patch_size"] or 4)) ** 2
-        elements = 2 * 3 * side**2 + ACTIVATIONS * (patches + 1) * width
-        needed = 4 * group.batch * elements * (3 if group.tower == "train" else 1)
-        available = environment.available_bytes(self.device)
-        if needed <= available:
-            return ""
-        return f"batch {group.batch} takes about {needed / 2**30:.0f} GiB; {available / 2**30:.0f} GiB are free"
 
     def _entries(
         self,
@@ -273,7 +258,7 @@ class Run:
     ) -> None:
         entries, prepared = self._entries(group, spec, batch, names, built, rows)
         self.bar.say(f"{group.title()}: float64 reference")
-        truth = self._truth(group, spec, batch)
+        truth = self.exact.truth(group, spec, batch)
         by_name = {peer.name: peer for peer in self.peers}
 
         def seen(name: str, seconds: float) -> None:
@@ -292,7 +277,7 @@ class Run:
                 accepted,
                 rows,
                 rounds,
-                tick=lambda done: self.bar.say(f"{group.title()}: {done} more rounds"),
+                tick=lambda done: self.bar.say(f"{group.title()}: rounds"),
                 least=plan.LEAST_ROUNDS,
                 # a prediction may have been far too low
                 left=self.budget.part(LATE * self.share).left,
@@ -314,29 +299,6 @@ class Run:
                 taken[entry.peer] = taken.get(entry.peer, 0.0) + rows[name]["median_s"]
         for peer, seconds in taken.items():
             self.costs.learn(group, peer, seconds)
-
-    def _truth(self, group: Group, spec: peers.Spec, batch: peers.Batch) -> contest.Truth:
-        """The float64 answer on a few samples, as many as take some seconds; images are the same in every batch."""
-        most = EXACT_SECONDS / self.costs.exact(group, 1)
-        chosen = workload.checked_samples(group.batch, int(min(workload.CHECKED, max(2, most))))
-        width = spec.architecture["embed_dim"]
-        text = batch.text[chosen.to(self.device)]
-        if group.tower == "text":
-            return contest.Truth(workload.exact("text", spec.weights, text, spec.dtype).cpu(), chosen, width)
-        images = torch.cat([self._exact_image(group, spec, batch, int(index)) for index in chosen])
-        if group.tower == "image":
-            return contest.Truth(images, chosen, width)
-        texts = workload.exact("text", spec.weights, text, spec.dtype).cpu()
-        return contest.Truth(
-            workload.exact_logits(images, texts, spec.weights["logit_scale"]), chosen, group.batch, chosen
-        )
-
-    def _exact_image(self, group: Group, spec: peers.Spec, batch: peers.Batch, index: int) -> Tensor:
-        key = (group.model, group.dtype, index)
-        if key not in self.exact_images:
-            image = batch.images[index : index + 1]
-            self.exact_images[key] = workload.exact("image", spec.weights, image, spec.dtype).cpu()
-        return self.exact_images[key]
 
     # -----------------------------------------------------------------------------------------------------------------
 

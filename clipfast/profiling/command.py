@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def run(options: argparse.Namespace, written: list[Path] | None = None) -> int:
     """
     _check(options)
     written = [] if written is None else written
+    # the profiler's library reports its own start and end on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
