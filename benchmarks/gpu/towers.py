@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from clipfast import roofline
 from clipfast.bench import harness, peers, workload
 from clipfast.bench.budget import Budget
 from clipfast.bench.harness import Row
-from clipfast.bench.peers import ours
+from clipfast.bench.peers import huggingface, ours
 
 OURS, EAGER = contestants.OURS, contestants.OPENAI
 SHORT, WHOLE = workload.Captions(8, 24), workload.Captions(77, 77)
@@ -98,7 +99,12 @@ def build_contestants(
     if group.batch <= 32:  # no graphs beyond to turn off
         variants[f"{OURS}, graphs off"] = functools.partial(_ours_variant, name=f"{OURS}, graphs off", graphs=False)
     variants[f"{OURS}, torch backend"] = functools.partial(_ours_variant, name=f"{OURS}, torch backend", forced="torch")
-    if group.compiled and not run.dry:
+    if group.compiled and not run.dry and importlib.util.find_spec("clip") is None:
+        # openai-clip may be missing on a bare machine, and something must be compiled
+        compiled = {"mode": "max-autotune"}
+        name = "transformers torch.compile"
+        variants[name] = functools.partial(huggingface.build, suffix=" torch.compile", compiled=compiled)
+    elif group.compiled and not run.dry:
         variants |= {
             name: peer.build for name, peer in peers.known().items() if peer.prepares and peer.devices != ("cpu",)
         }

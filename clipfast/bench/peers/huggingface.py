@@ -7,12 +7,25 @@ caption (`padding=True`): two contestants.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipfast.bench.peers import TRANSFORMERS, Batch, Calls, Missing, Peer, Prepare, Spec, call, module, uninitialised
+from clipfast.bench.peers import (
+    TRANSFORMERS,
+    Batch,
+    Call,
+    Calls,
+    Missing,
+    Peer,
+    Prepare,
+    Spec,
+    call,
+    module,
+    uninitialised,
+)
 from clipfast.checkpoints import to_huggingface
 
 
@@ -51,9 +64,12 @@ def model(spec: Spec, attention: str) -> nn.Module:
     return made.to(spec.dtype).eval().to(spec.device)
 
 
-def build(spec: Spec, attention: str = "sdpa", suffix: str = "") -> Prepare:
+def build(spec: Spec, attention: str = "sdpa", suffix: str = "", compiled: Mapping[str, Any] | None = None) -> Prepare:
+    """suffix: behind each contestant's name.   compiled: torch.compile's arguments, for all that is called."""
     made = model(spec, attention)
     context = spec.architecture["context_length"]
+    # torch.compile refuses inference mode
+    mode = torch.inference_mode if compiled is None else torch.no_grad
 
     def encode_image(pixel_values: Tensor) -> Tensor:
         return _pooled(made.get_image_features(pixel_values=pixel_values))
@@ -65,18 +81,22 @@ def build(spec: Spec, attention: str = "sdpa", suffix: str = "") -> Prepare:
         output = made(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask)
         return output.logits_per_image
 
+    def timed(function: Callable[..., Tensor], *arguments: Tensor) -> Call:
+        whole = function if compiled is None else torch.compile(function, dynamic=False, **compiled)
+        return call(mode, whole, *arguments)
+
     def prepare(tower: str, batch: Batch) -> Calls:
         images = batch.images.to(spec.dtype)
         if tower == "image":
-            return {TRANSFORMERS["image"] + suffix: call(torch.inference_mode, encode_image, images)}
+            return {TRANSFORMERS["image"] + suffix: timed(encode_image, images)}
         lengths = batch.text.argmax(dim=-1, keepdim=True) + 1
         mask = (torch.arange(context, device=lengths.device) < lengths).long()
         cut = [ids[:, : int(lengths.max())].contiguous() for ids in (batch.text, mask)]
         if tower == "both":
-            return {TRANSFORMERS["both"] + suffix: call(torch.inference_mode, both, images, *cut)}
+            return {TRANSFORMERS["both"] + suffix: timed(both, images, *cut)}
         return {
-            f"transformers, pad {context}{suffix}": call(torch.inference_mode, encode_text, batch.text, mask),
-            TRANSFORMERS["text"] + suffix: call(torch.inference_mode, encode_text, *cut),
+            f"transformers, pad {context}{suffix}": timed(encode_text, batch.text, mask),
+            TRANSFORMERS["text"] + suffix: timed(encode_text, *cut),
         }
 
     return prepare
