@@ -149,8 +149,8 @@ class Run:
         """Who takes part in this group by the plan made now, and in how many rounds."""
         options, rest = self.options, self._left(group)
         named = [peer for peer in self.peers if peer.name not in self.missing]
-        self.share = SHARE * self.budget.left() / len(rest)
-        rounds = plan.Rounds(options.rounds, options.tail, self.share)
+        rounds = plan.Rounds(options.rounds, options.tail, SHARE * self.budget.left() / len(rest))
+        self.rounds = rounds
         overhead = sum(
             self.costs.start(model, dtype, len(named)) for model, dtype in {(g.model, g.dtype) for g in rest[1:]}
         )
@@ -260,10 +260,12 @@ class Run:
         self.bar.say(f"{group.title()}: float64 reference")
         truth = self.exact.truth(group, spec, batch)
         by_name = {peer.name: peer for peer in self.peers}
+        first: dict[str, float] = {}  # peer -> seconds of the first call of each of its contestants
 
         def seen(name: str, seconds: float) -> None:
             self.bar.say(f"{group.title()}: {name} checked")
             peer = by_name[entries[name].peer]
+            first[peer.name] = first.get(peer.name, 0.0) + seconds
             if peer.prepares:
                 prepared[peer.name] = prepared.get(peer.name, 0.0) + seconds
                 self.costs.learn_prepare(group, peer.name, prepared[peer.name])
@@ -271,6 +273,11 @@ class Run:
         with torch.no_grad():
             accepted = contest.check(entries, truth, group.batch, spec.dtype, rows, seen)
         approximate = frozenset(name for name, entry in entries.items() if entry.approximate)
+        for name, seconds in first.items():
+            # a first call is slower than the next: still the better prediction where it was the shorter one
+            if not by_name[name].prepares and seconds < self.costs.call(group, name):
+                self.costs.learn(group, name, seconds)
+        rounds = max(rounds, plan.rounds_of(group, [by_name[name] for name in first], self.costs, self.rounds))
         one = sum(self.costs.call(group, name) for name in names)
         try:
             contest.time_accepted(
@@ -280,7 +287,7 @@ class Run:
                 tick=lambda done: self.bar.say(f"{group.title()}: rounds"),
                 least=plan.LEAST_ROUNDS,
                 # a prediction may have been far too low
-                left=self.budget.part(LATE * self.share).left,
+                left=self.budget.part(LATE * self.rounds.share).left,
                 slow=one > contest.QUICK_ROUND,
                 approximate=approximate,
             )

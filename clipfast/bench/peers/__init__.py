@@ -57,6 +57,7 @@ class Peer(NamedTuple):
     prepares:     seconds that preparing one call takes for each layer, as a first guess (compilers).
     weight:       below 1 it is asked before others that take as long.
     devices:      where it runs.   dtypes: names of what it computes in.
+    usual:        asked also when nobody names it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Peer(NamedTuple):
     weight: float = 1.0
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    usual: bool = True
 
 
 class Missing(Exception):
@@ -92,9 +94,7 @@ def known() -> dict[str, Peer]:
 
 def defaults(device: torch.device) -> list[str]:
     """Names of those who are asked when nobody says whom: all but the slowest way to compile on a CPU."""
-    return [
-        name for name, peer in known().items() if device.type in peer.devices and not name.endswith("max-autotune, cpu")
-    ]
+    return [name for name, peer in known().items() if device.type in peer.devices and peer.usual]
 
 
 def version(peer: Peer) -> str:
