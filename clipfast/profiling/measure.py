@@ -119,7 +119,8 @@ def _split(
         if event.name.startswith(STAGE):
             name = event.name.removeprefix(STAGE)
             seen = operators[name].calls if name in operators else 0  # a stage runs once a pass
-            _add(operators, name, seen, count, took)
+            # reading a file keeps no GPU busy
+            _add(operators, name, seen, count, took or event.cpu_time_total / 1e6)
         if (call := calls.get(event.name)) is None:
             continue
         _add(operators, call.operator, call.number, count, took, call.works)
