@@ -95,7 +95,7 @@ def throughput(rows: Sequence[Row]):
         batches = sorted({int(row["batch"]) for row in group})
         axis.set(xscale="log", yscale="log", title=title, xlabel="batch size", ylabel="samples/s")
         axis.set_xticks(batches, [str(batch) for batch in batches])
-        axis.minorticks_off()
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     _legend(figure, axes)
     return figure
