@@ -11,13 +11,14 @@ INSTALL := $(PY) -m pip install --quiet --no-input --disable-pip-version-check -
 TORCH := $(VENV)/.stamp-torch
 DEMO  := $(VENV)/.stamp-demo
 TEST  := $(VENV)/.stamp-test
+BENCH := $(VENV)/.stamp-bench
 
 # Peers are what parity tests compare with. One that cannot be installed costs its tests (they skip and say so),
 # unless CLIPFAST_REQUIRE_PEERS=1, as in CI.
 peer = $(INSTALL) $(1) || { \
 	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench readme gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,8 +35,11 @@ lint: $(TEST) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(TEST) ## time whole models against openai/CLIP and the other peers
-	$(PY) -m benchmarks.models
+bench: $(BENCH) ## time whole models against openai/CLIP and the other peers, in nine minutes   ARGS="--models RN50"
+	$(VENV)/bin/clipfast bench $(ARGS)
+
+readme: $(TEST) ## write the README's tables from benchmarks/results, and draw their pictures
+	$(PY) -m clipfast.bench.report --plots
 
 # No environment of its own: a machine with a GPU may have no network, and brings torch and Triton. What it lacks can be
 # carried as pure-Python wheels in a folder.   make gpu OUT=/elsewhere WHEELS=folder GPU_ARGS="--only towers"
@@ -74,4 +78,10 @@ $(TEST): $(DEMO)
 	@$(call peer,--no-deps timm)
 	@$(call peer,--no-deps open_clip_torch)
 	@$(call peer,--no-deps --no-build-isolation openai-clip)
+	@touch $@
+
+# These are compared where they can be had, and missing is a note in the table.
+$(BENCH): $(TEST)
+	@echo "setting up $(VENV): compilers that take part in the benchmark"
+	@$(INSTALL) onnxruntime onnx onnxscript openvino || echo "warning: not installed: onnxruntime, openvino"
 	@touch $@

@@ -1,1 +1,1 @@
-"""Benchmarks of clipfast against openai/CLIP and the other peers: `python -m benchmarks.models`."""
+"""For developers: pytest-benchmark suite, compile report, errors, the GPU run, results. For users: `clipfast bench`."""

@@ -24,8 +24,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 
-from benchmarks import harness
 from clipfast import tuning
+from clipfast.bench import harness
 
 RESOURCES = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
 # columns of tensor memory (sm_100) that one block may use

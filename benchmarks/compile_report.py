@@ -25,10 +25,11 @@ from pathlib import Path
 
 import triton
 
-from benchmarks import compilation, harness
+from benchmarks import compilation
 from benchmarks.compilation import Compiled
 from benchmarks.launches import CASES
 from clipfast import tuning
+from clipfast.bench import environment, output
 from clipfast.kernels import library
 
 COLUMNS = (
@@ -49,7 +50,7 @@ def print_report(compiled: Sequence[Compiled], architectures: Sequence[int], tit
     ]
     header = ["kernel", "types", "tile", "n", *(f"sm_{arch}" for arch in architectures)]
     notes = ["cells: registers, KB of shared memory, matrix instructions (H HMMA, HG HGMMA, UTCH UTCHMMA)"]
-    harness.print_table(title, header, lines, notes, names=3)
+    output.print_table(title, header, lines, notes, names=3)
 
 
 def _cell(compiled: Sequence[Compiled]) -> str:
@@ -99,9 +100,9 @@ def main(argv: Sequence[str] | None = None, cases: Mapping[str, Callable[[], Non
     seconds = time.monotonic() - start
     title = f"{len(chosen)} of {len(launches)} launches compiled in {seconds:.0f} s by Triton {triton.__version__}"
     print_report(compiled, options.architectures, title)
-    facts = {name: value for name, value in harness.environment().items() if name in COLUMNS}
+    facts = {name: value for name, value in environment.environment().items() if name in COLUMNS}
     facts["triton"] = triton.__version__
-    harness.write_csv(options.csv, COLUMNS, (facts | each.row() for each in compiled))
+    output.write_csv(options.csv, COLUMNS, (facts | each.row() for each in compiled))
     faulty = [each for each in compiled if each.faults()]
     for each in faulty:
         print(f"FAULT {each.launch}: {'; '.join(each.faults())}")

@@ -10,22 +10,28 @@ rows) and at batch 1 (50 rows). `clipfast/kernels/onednn.py` is the reason that 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks import harness
-from clipfast import ops
-from tests.accuracy import relative_rms
+from clipfast.bench import environment, harness, output
+from clipfast.bench.accuracy import relative_rms
+from clipfast.bench.ceilings import PLAIN, operands, products
 
-PLAIN, FUSED, OURS = "F.linear", "oneDNN fused", "clipfast.ops.linear"
 COLUMNS = (
-    *(*harness.ENVIRONMENT, "dtype", "rows", "inputs", "outputs", "contestant", "status", *harness.TIMES),
+    *(
+        *environment.ENVIRONMENT,
+        "dtype",
+        "rows",
+        "inputs",
+        "outputs",
+        "contestant",
+        "status",
+        *harness.TIMES,
+        *harness.TAIL,
+    ),
     *("gflops", "vs_f_linear", "rel_rms", "rms_vs_f_linear", "note", "seconds"),
 )
 
@@ -57,50 +63,11 @@ SHAPES += tuple(Shape(512, *sizes) for sizes in ((512, 1536), (512, 512), (512, 
 QUICK_SHAPES = (Shape(300, 768, 768), Shape(50, 768, 768))
 
 
-def operands(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Input [rows, inputs], weight [outputs, inputs] and bias [outputs]: normal, outputs of about unit size."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape.rows, shape.inputs, generator=generator)
-    weight = torch.randn(shape.outputs, shape.inputs, generator=generator) * shape.inputs**-0.5
-    return x.to(dtype), weight.to(dtype), torch.randn(shape.outputs, generator=generator).to(dtype)
-
-
-def contestants(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The ways to x @ weight.T + bias that this machine has."""
-    ways: dict[str, Callable[[], Tensor]] = {PLAIN: lambda: F.linear(x, weight, bias)}
-    if _fuses(x.dtype):
-        ways[FUSED] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    # in float32 with its sums cut into chains, where that pays; cutting the weight is part of the call
-    ways[OURS] = lambda: ops.linear(x, weight, bias)
-    return ways
-
-
-def _fuses(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 or bfloat16
-
-
-def ceiling(dtype: torch.dtype, *, quick: bool = False) -> float:
-    """FLOP/s of the fastest way to one large square product: what this machine gives a matrix product at best."""
-    shape = Shape(*(1024 if quick else 4096,) * 3)
-    best = float("inf")
-    with torch.no_grad():
-        for way in contestants(*operands(shape, dtype)).values():
-            way()
-            for _ in range(3 if quick else 7):
-                start = time.perf_counter()
-                way()
-                best = min(best, time.perf_counter() - start)
-    return shape.flops / best
-
-
 def measure(shape: Shape, dtype_name: str, rounds: int, facts: harness.Row, rows: list[harness.Row]) -> None:
     """Append one row for each contestant, of the rounds that were finished if somebody interrupts."""
-    x, weight, bias = operands(shape, harness.DTYPES[dtype_name])
+    x, weight, bias = operands(*shape, harness.DTYPES[dtype_name])
     exact = F.linear(x.double(), weight.double(), bias.double())
-    ways = contestants(x, weight, bias)
+    ways = products(x, weight, bias)
     seconds: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     wrong = {name: relative_rms(way(), exact) for name, way in ways.items()}
@@ -141,11 +108,11 @@ def line(row: harness.Row) -> tuple[str, ...]:
     return (
         f"{row['rows']}x{row['inputs']}x{row['outputs']} {row['dtype']}",
         row["contestant"] + (f" ({row['status']})" if row["status"] != "ok" else ""),
-        harness.cell(row, "gflops", ".0f"),
-        *(harness.cell(row, column, ".4g", 1e3) for column in ("median_s", "p20_s", "p80_s")),
-        harness.cell(row, "vs_f_linear", ".2f"),
-        harness.cell(row, "rel_rms", ".2e"),
-        harness.cell(row, "rms_vs_f_linear", ".2f"),
+        output.cell(row, "gflops", ".0f"),
+        *(output.cell(row, column, ".4g", 1e3) for column in ("median_s", "p20_s", "p80_s")),
+        output.cell(row, "vs_f_linear", ".2f"),
+        output.cell(row, "rel_rms", ".2e"),
+        output.cell(row, "rms_vs_f_linear", ".2f"),
     )
 
 
@@ -169,10 +136,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     chosen = shapes or (QUICK_SHAPES if options.quick else SHAPES)
     rows: list[harness.Row] = []
-    facts = harness.environment()
-    harness.warn_if_busy(facts)
-    harness.write_csv(options.csv, COLUMNS, [])
-    progress = harness.Progress(len(dtypes) * len(chosen))
+    facts = environment.environment()
+    environment.warn_if_busy(facts)
+    output.write_csv(options.csv, COLUMNS, [])
+    progress = output.Progress(len(dtypes) * len(chosen))
     status = 0
     try:
         with torch.no_grad():
@@ -183,11 +150,11 @@ def main(argv: list[str] | None = None) -> int:
                     progress.tick(1)
     except KeyboardInterrupt:
         status = 130
-    harness.write_csv(options.csv, COLUMNS, rows)
+    output.write_csv(options.csv, COLUMNS, rows)
     progress.clear()
     notes = [f"{row['contestant']}: {row['note']}" for row in rows if "note" in row]
     title = f"x @ weight.T + bias on {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
-    harness.print_table(title, HEADER, map(line, rows), notes, names=2)
+    output.print_table(title, HEADER, map(line, rows), notes, names=2)
     return status
 
 

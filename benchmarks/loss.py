@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import harness
 from clipfast import reference
+from clipfast.bench import environment, harness, output
+from clipfast.bench.accuracy import relative_rms
 from clipfast.loss import contrastive_loss
 from clipfast.timing import interleaved
-from tests.accuracy import relative_rms
 
 OURS, DENSE = "clipfast", "dense"
 # logits, log-probabilities and their gradients, for the images and for the texts
@@ -35,7 +35,17 @@ DENSE_TENSORS = 6
 # of the gradients: far above rounding, far below a wrong tile
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 COLUMNS = (
-    *(*harness.ENVIRONMENT, "device", "dtype", "batch", "width", "contestant", "status", "extra_mb", *harness.TIMES),
+    *(
+        *environment.ENVIRONMENT,
+        "device",
+        "dtype",
+        "batch",
+        "width",
+        "contestant",
+        "status",
+        "extra_mb",
+        *harness.TIMES,
+    ),
     *("gflops", "rel_rms", "note", "seconds"),
 )
 
@@ -146,15 +156,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.one:
         print(json.dumps(measure(options.one, options.batches[0], options)))
         return 0
-    facts = harness.environment()
-    harness.warn_if_busy(facts)
-    rows, progress = [], harness.Progress(len(options.batches) * len(LOSSES))
+    facts = environment.environment()
+    environment.warn_if_busy(facts)
+    rows, progress = [], output.Progress(len(options.batches) * len(LOSSES))
     for batch in options.batches:
         for contestant in LOSSES:
             progress.say(f"{contestant} {batch}")
             sizes = {"device": options.device, "dtype": options.dtype, "batch": batch, "width": options.width}
             rows.append(facts | sizes | {"contestant": contestant} | in_its_process(contestant, batch, options))
-            harness.write_csv(options.csv, COLUMNS, rows)
+            output.write_csv(options.csv, COLUMNS, rows)
             progress.tick(1)
     progress.clear()
     _print(rows, options)
@@ -164,16 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print(rows: Sequence[harness.Row], options: argparse.Namespace) -> None:
     lines = [
         [
-            *(row["contestant"], str(row["batch"]), row["status"], harness.cell(row, "extra_mb", ".1f")),
-            *(harness.cell(row, "median_s", ".3f"), harness.cell(row, "gflops", ".1f")),
-            *(harness.cell(row, "rel_rms", ".1e"), row.get("note", "")),
+            *(row["contestant"], str(row["batch"]), row["status"], output.cell(row, "extra_mb", ".1f")),
+            *(output.cell(row, "median_s", ".3f"), output.cell(row, "gflops", ".1f")),
+            *(output.cell(row, "rel_rms", ".1e"), row.get("note", "")),
         ]
         for row in rows
     ]
     header = ("loss", "pairs", "status", "extra MB", "s", "GFLOP/s", "rel RMS", "note")
     notes = ["extra MB: at the peak of forward and backward, beyond features and gradients; GFLOP/s of 8 N^2 E"]
     title = f"contrastive loss and gradients, E = {options.width}, {options.dtype}, {options.threads} threads"
-    harness.print_table(title, header, lines, notes)
+    output.print_table(title, header, lines, notes)
 
 
 if __name__ == "__main__":

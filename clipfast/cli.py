@@ -1,4 +1,6 @@
-"""The command line: `clipfast demo | classify | encode | train | eval | doctor | models`. The work is elsewhere.
+"""The command line: `clipfast demo | classify | encode | train | eval | bench | profile | doctor | models`.
+
+Arguments here, the work elsewhere.
 
 Exit status: 0 done, 1 something failed (named on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -44,15 +46,23 @@ def _run(args: argparse.Namespace, written: list[Path]) -> int:
         from clipfast import demo
 
         return demo.run(args.out, steps=args.steps, quick=args.quick, device=args.device, written=written)
+    if args.command == "bench":
+        from clipfast.bench import command as bench_command
+
+        return bench_command.run(args, written)
+    if args.command == "profile":
+        from clipfast.profiling import command as profile_command
+
+        return profile_command.run(args, written)
     if args.command == "doctor":
         from clipfast import doctor
 
         print(doctor.report())
         return 0
     if args.command in ("train", "eval"):
-        from clipfast.training import command
+        from clipfast.training import command as training_command
 
-        return (command.train if args.command == "train" else command.evaluate)(args, written)
+        return (training_command.train if args.command == "train" else training_command.evaluate)(args, written)
     from clipfast import commands
 
     if args.command == "models":
@@ -76,6 +86,8 @@ def _run(args: argparse.Namespace, written: list[Path]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from clipfast import __version__
+    from clipfast.bench import arguments as bench_arguments
+    from clipfast.profiling import arguments as profile_arguments
     from clipfast.training.arguments import add_eval, add_train
 
     parser = argparse.ArgumentParser(prog="clipfast", description="CLIP on fused kernels.", allow_abbrev=False)
@@ -114,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(evaluation, _template)
     _add_model(evaluation)
 
+    bench = commands.add_parser("bench", help="time whole models against every CLIP installed, checked against float64")
+    bench_arguments.add(bench)
+    profile_arguments.add(commands.add_parser("profile", help="where the time goes, per operator and per layer"))
     commands.add_parser("doctor", help="what is installed, and which backend runs each operator")
     commands.add_parser("models", help="names of the models that can be downloaded")
     return parser

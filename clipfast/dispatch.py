@@ -311,7 +311,6 @@ def _call(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], argument
     )
 
 
-@torch.compiler.assume_constant_result
 def _compiled_on(operator: str, device: str, dtype: torch.dtype, autocast: bool, facts: tuple) -> str:
     """The backend of an operator in a graph that torch.compile traces: our registered kernels or PyTorch's own.
 
@@ -324,6 +323,10 @@ def _compiled_on(operator: str, device: str, dtype: torch.dtype, autocast: bool,
         call = call._replace(architecture=tuning.architecture(torch.device(device)))
     name = decide(operator, None, call).backend
     return name if name in ("cuda", "triton") else "torch"
+
+
+# all that torch.compiler.assume_constant_result does; that would import torch._dynamo: a second of everybody's time
+_compiled_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:

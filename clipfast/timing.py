@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-__all__ = ["interleaved", "medians"]
+__all__ = ["interleaved", "medians", "on_device"]
+
+# of a GPU, about half a millisecond
+HEAD_START_CYCLES = 1_000_000
 
 
 def interleaved(
@@ -43,6 +46,22 @@ def interleaved(
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each list of `interleaved`."""
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def on_device(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call keeps the device busy: CUDA events on a GPU, the clock on a CPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # the GPU waits while the CPU enqueues what is timed, or the first launch's way to it would count
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def _wait() -> None:

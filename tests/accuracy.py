@@ -19,10 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["assert_accurate", "assert_embeddings", "cosine_gap", "relative_rms", "ulp"]
+from clipfast.bench.accuracy import COSINE_GAPS, cosine_gap, relative_rms, rms
 
-# 99th percentile of 1 - cos of the embeddings of a whole model
-COSINE_GAPS = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 5e-4}
+__all__ = ["assert_accurate", "assert_embeddings", "cosine_gap", "relative_rms", "ulp"]
 
 
 def assert_accurate(ours: Tensor, peer: Tensor, exact: Tensor, *, what: str = "") -> None:
@@ -58,7 +57,7 @@ def assert_accurate(ours: Tensor, peer: Tensor, exact: Tensor, *, what: str = ""
             )
     exact = exact[finite]
     ours_error, peer_error = (tensor[finite].double() - exact for tensor in (ours, peer))
-    for measure, size in (("max", _max), ("RMS", _rms)):
+    for measure, size in (("max", _max), ("RMS", rms)):
         error, peers, one_ulp = size(ours_error), size(peer_error), ulp(size(exact), dtype)
         bound = 2 * peers + one_ulp
         assert error <= bound, (
@@ -92,31 +91,6 @@ def assert_embeddings(ours: Tensor, exact: Tensor, dtype: torch.dtype, *, what: 
     assert gap <= bound, f"{name}: 99th percentile of 1 - cos {gap:.4g} > {bound:.4g} ({dtype})"
 
 
-def cosine_gap(a: Tensor, exact: Tensor) -> Tensor:
-    """1 - cos between the rows of a and of exact, computed in float64.
-
-    a, exact: [..., E].
-    Returns:  [...], float64; NaN for a row with NaN or infinity and for a row of zeros.
-    """
-    a, exact = (tensor.detach().cpu().double() for tensor in (a, exact))
-    # |u - v|^2 / 2 of the unit vectors: 1 - u.v itself loses every digit below 1e-16
-    difference = a / a.norm(dim=-1, keepdim=True) - exact / exact.norm(dim=-1, keepdim=True)
-    return (difference * difference).sum(-1) / 2
-
-
-def relative_rms(a: Tensor, exact: Tensor) -> float:
-    """RMS(a - exact) / RMS(exact), computed in float64.
-
-    Returns: 0 if both are zero, infinity if only exact is, NaN if either has NaN.
-    """
-    a, exact = (tensor.detach().cpu().double() for tensor in (a, exact))
-    assert a.shape == exact.shape, f"shapes differ: {list(a.shape)}, exact {list(exact.shape)}"
-    error, size = _rms(a - exact), _rms(exact)
-    if size:
-        return error / size
-    return math.inf if error > 0 else error
-
-
 def ulp(size: float, dtype: torch.dtype) -> float:
     """The distance from |size| to the next greater number of dtype."""
     info = torch.finfo(dtype)
@@ -127,7 +101,3 @@ def ulp(size: float, dtype: torch.dtype) -> float:
 
 def _max(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
-
-
-def _rms(x: Tensor) -> float:
-    return (x * x).mean().sqrt().item() if x.numel() else 0.0

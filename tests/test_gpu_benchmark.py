@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import floors, workload
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import contestants, correctness, operators, problems, report, run, stages, timing, towers, tune
-from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.contestants import EAGER, OPENAI, OURS, Contestant
 from benchmarks.gpu.jobs import Job
-from clipfast import dispatch, reference, tuning
-
-from .test_benchmarks import TINY
+from clipfast import dispatch, tuning
+from clipfast.bench import environment
+from clipfast.bench.budget import Budget
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -352,43 +349,5 @@ def test_rows_are_written_as_they_come_and_nothing_is_overwritten(tmp_path):
     (row,) = rows_of(tmp_path)  # not closed, and already there
     assert row["gb_per_s"] == "1.5" and row["stage"] == "ceilings" and set(row) == set(run.COLUMNS)
     first = next(tmp_path.glob("*.csv"))
-    assert run.free_name(tmp_path, first.stem).name == f"{first.stem}-2.csv"
-    assert run.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
-
-
-# ---- floors ----
-
-
-@pytest.mark.parametrize("tower", workload.TOWERS)
-def test_floors_count_what_pytorch_counts(tower):
-    weights = workload.random_weights(TINY)
-    data = workload.inputs(TINY, 3, workload.Captions(8, 24))
-    with FlopCounterMode(display=False) as counter:
-        getattr(reference, f"encode_{tower}")(weights, data[tower])
-    if tower == "image":
-        works = floors.image_tower(TINY, 3, 2, dense=True)
-    else:
-        works = floors.text_tower(TINY, [9, 16, 24], 2, dense=True)
-    assert floors.total(works).flops == counter.get_total_flops() == 3 * workload.flops(TINY, tower)
-
-
-def test_floors_of_less_work_are_lower():
-    sizes = workload.ARCHITECTURES["ViT-B/32"]
-    rates = (8e14, 3e12)
-    short, whole = ([16] * 256, [77] * 256)
-    times = [floors.seconds(floors.text_tower(sizes, lengths, 2), *rates) for lengths in (short, whole)]
-    assert 4 < times[1] / times[0] < 6
-    dense, pooled = (floors.total(floors.image_tower(sizes, 256, 2, dense=d)) for d in (True, False))
-    assert 0.91 < pooled.flops / dense.flops < 0.95
-    assert floors.total(floors.image_tower(sizes, 256, 2, pixel_size=1)).bytes < pooled.bytes
-
-
-def test_floors_of_the_operators():
-    assert floors.linear(10, 3, 4, 2, residual=True) == [floors.Work(240, 2 * (40 + 12 + 3 + 60))]
-    assert floors.layer_norm(10, 4, 2) == [floors.Work(0, 2 * 80 + 16)]
-    assert floors.layer_norm(10, 4, 2, residual=True) == [floors.Work(0, 4 * 80 + 16)]
-    assert floors.attention([3, 2], 64, 2, causal=False) == [floors.Work(4 * 13 * 64, 4 * 5 * 64 * 2)]
-    assert floors.attention([3, 2], 64, 2, causal=True)[0].flops == 4 * (6 + 3) * 64
-    assert floors.seconds([floors.Work(100, 10), floors.Work(10, 100)], 10, 10) == 20
-    assert floors.logits(3, 5, 4, 2) == [floors.Work(120, 2 * (32 + 15))]
-    assert floors.patch_embed(2, 4, 2, 8, 1, 2)[0].flops == 2 * 2 * 4 * 12 * 8
+    assert environment.free_name(tmp_path, first.stem).name == f"{first.stem}-2.csv"
+    assert environment.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 import clipfast
-from benchmarks import harness, workload
 from benchmarks.gpu import operators, sanitizer
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.problems import HALVES, Maker, Problem
 from benchmarks.gpu.run import ROOT, Run
 from clipfast import tuning
+from clipfast.architectures import ARCHITECTURES
+from clipfast.bench import harness, workload
+from clipfast.bench.budget import Budget
 from clipfast.kernels import native
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -184,7 +185,7 @@ def _native(m: Maker) -> Iterator[Check]:
 
 
 TINY = {
-    **workload.ARCHITECTURES["ViT-B/32"],
+    **ARCHITECTURES["ViT-B/32"],
     **{"embed_dim": 64, "image_resolution": 64, "vision_layers": 2, "vision_width": 128, "vision_patch_size": 16},
     **{"vocab_size": 999, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 2},
 }

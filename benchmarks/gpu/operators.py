@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import floors, harness, workload
 from benchmarks.gpu import contestants, timing
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.contestants import EAGER, OURS, Contestant
 from benchmarks.gpu.problems import Maker, Problem
 from benchmarks.gpu.run import Run, rates, ratios
-from benchmarks.harness import Row, significant
+from clipfast import roofline
+from clipfast.bench import harness, workload
+from clipfast.bench.budget import Budget
+from clipfast.bench.harness import Row, significant
 
 ROUNDS = 15
 SHORT, WHOLE = workload.Captions(8, 24), workload.Captions(77, 77)
@@ -120,8 +121,8 @@ def _prepared(
     run: Run, problem: Problem, accepted: list[Contestant], rows: dict[str, Row]
 ) -> dict[str, timing.Prepared]:
     cache = 0 if run.dry else run.facts["l2_bytes"]
-    sets = timing.input_sets(floors.total(problem.works).bytes, cache)
-    floor = 1.0 if run.dry else floors.seconds(problem.works, 1e15, 5e12)  # roughly, for the length of a replay
+    sets = timing.input_sets(roofline.total(problem.works).bytes, cache)
+    floor = 1.0 if run.dry else roofline.seconds(problem.works, 1e15, 5e12)  # roughly, for the length of a replay
     repeats = timing.n_calls(sets, floor) // sets
     cases = [problem.make() for _ in range(sets)]
     prepared = {}

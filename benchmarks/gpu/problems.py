@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import floors, workload
-from clipfast import tuning
+from clipfast import roofline, tuning
+from clipfast.architectures import ARCHITECTURES
+from clipfast.bench import workload
 from tests.accuracy import assert_accurate
 from tests.op_cases import Case
 
@@ -32,7 +33,7 @@ class Problem(NamedTuple):
     shape: str
     batch: int
     dtype: torch.dtype
-    works: list[floors.Work]
+    works: list[roofline.Work]
     make: Callable[[], Case]  # another set of random tensors each time
 
     @property
@@ -72,7 +73,7 @@ def layer_norm(model: str, rows: int, width: int, batch: int, m: Maker, *, resid
         options = {"residual": m.normal(rows, width)} if residual else {}
         return Case("layer_norm", (m.normal(rows, width), *m.norm(width)), options)
 
-    works = floors.layer_norm(rows, width, m.dtype.itemsize, residual=residual)
+    works = roofline.layer_norm(rows, width, m.dtype.itemsize, residual=residual)
     return Problem("layer_norm", model, f"{rows}x{width}" + "+res" * residual, batch, m.dtype, works, make)
 
 
@@ -85,7 +86,7 @@ def linear(
         return Case("linear", (m.normal(rows, n_terms), *m.affine(n_cols, n_terms)), options)
 
     shape = f"{rows}x{n_terms}->{n_cols}" + (f" {activation}" if activation else "") + "+res" * residual
-    works = floors.linear(rows, n_cols, n_terms, m.dtype.itemsize, residual=residual)
+    works = roofline.linear(rows, n_cols, n_terms, m.dtype.itemsize, residual=residual)
     return Problem("linear", model, shape, batch, m.dtype, works, make)
 
 
@@ -94,7 +95,7 @@ def mlp(model: str, rows: int, width: int, batch: int, m: Maker) -> Problem:
         weights = (*m.affine(4 * width, width), *m.affine(width, 4 * width))
         return Case("mlp", (m.normal(rows, width), *m.norm(width), *weights))
 
-    works = floors.mlp(rows, width, 4 * width, m.dtype.itemsize)
+    works = roofline.mlp(rows, width, 4 * width, m.dtype.itemsize)
     return Problem("mlp", model, f"{rows}x{width}", batch, m.dtype, works, make)
 
 
@@ -105,7 +106,7 @@ def attention(model: str, lengths: Sequence[int], heads: int, m: Maker, *, causa
     same = len(set(lengths)) == 1
     shape = f"L={lengths[0]}" if same else f"L<={max(lengths)}, mean {sum(lengths) / len(lengths):.3g}"
     shape = f"{len(lengths)}x{heads} heads {shape}" + " causal" * causal
-    works = floors.attention(lengths, 64 * heads, m.dtype.itemsize, causal=causal)
+    works = roofline.attention(lengths, 64 * heads, m.dtype.itemsize, causal=causal)
     return Problem("attention", model, shape, len(lengths), m.dtype, works, make)
 
 
@@ -115,7 +116,7 @@ def attention_pool(model: str, lengths: Sequence[int], width: int, m: Maker) -> 
         arguments = (m.normal(len(lengths), width), m.normal(sum(lengths), width), _offsets(lengths), *projections)
         return Case("attention_pool", arguments, {"heads": width // 64})
 
-    works = floors.attention_pool(lengths, width, width // 64, m.dtype.itemsize)
+    works = roofline.attention_pool(lengths, width, width // 64, m.dtype.itemsize)
     shape = f"{len(lengths)} of {sum(lengths)} rows x{width}"
     return Problem("attention_pool", model, shape, len(lengths), m.dtype, works, make)
 
@@ -144,7 +145,7 @@ def patch_embed(
             "patch_embed", (images, weight, m.norm(width)[1], torch.randn(1 + patches, width, device=m.device)), options
         )
 
-    works = floors.patch_embed(batch, patches, patch, width, 1 if uint8 else m.dtype.itemsize, m.dtype.itemsize)
+    works = roofline.patch_embed(batch, patches, patch, width, 1 if uint8 else m.dtype.itemsize, m.dtype.itemsize)
     shape = f"{batch}x3x{size[0]}x{size[1]} P={patch}" + " uint8" * uint8 + " ln" * norm
     return Problem("patch_embed", model, shape, batch, m.dtype, works, make)
 
@@ -153,7 +154,7 @@ def project(model: str, rows: int, width: int, embed_dim: int, m: Maker) -> Prob
     def make() -> Case:
         return Case("project", (m.normal(rows, width), *m.norm(width), m.normal(width, embed_dim, size=width**-0.5)))
 
-    works = floors.project(rows, width, embed_dim, m.dtype.itemsize)
+    works = roofline.project(rows, width, embed_dim, m.dtype.itemsize)
     return Problem("project", model, f"{rows}x{width}->{embed_dim}", rows, m.dtype, works, make)
 
 
@@ -162,7 +163,7 @@ def logits(model: str, n_images: int, n_texts: int, width: int, m: Maker) -> Pro
         scale = torch.tensor(4.6, device=m.device)
         return Case("logits", (m.normal(n_images, width, size=3), m.normal(n_texts, width, size=0.1), scale))
 
-    works = floors.logits(n_images, n_texts, width, m.dtype.itemsize)
+    works = roofline.logits(n_images, n_texts, width, m.dtype.itemsize)
     return Problem("logits", model, f"{n_images}x{n_texts}x{width}", n_images, m.dtype, works, make)
 
 
@@ -193,7 +194,7 @@ def of_block(model: str, lengths: Sequence[int], width: int, m: Maker, *, causal
 
 
 def of_images(model: str, batch: int, m: Maker) -> Iterator[Problem]:
-    sizes = workload.ARCHITECTURES[model]
+    sizes = ARCHITECTURES[model]
     width, patch, side = sizes["vision_width"], sizes["vision_patch_size"], sizes["image_resolution"]
     yield from of_block(model, [1 + (side // patch) ** 2] * batch, width, m, causal=False)
     for uint8 in (False, True):
@@ -202,7 +203,7 @@ def of_images(model: str, batch: int, m: Maker) -> Iterator[Problem]:
 
 
 def of_texts(model: str, captions: workload.Captions, batch: int, m: Maker) -> Iterator[Problem]:
-    sizes = workload.ARCHITECTURES[model]
+    sizes = ARCHITECTURES[model]
     yield from of_block(model, caption_lengths(captions, batch), sizes["transformer_width"], m, causal=True)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from benchmarks import harness
 from benchmarks.gpu.contestants import OPENAI, OURS
 from benchmarks.gpu.run import DRY, Run
-from benchmarks.harness import Row
+from clipfast.bench import output
+from clipfast.bench.harness import Row
 
 MOST_OPERATORS = 40
 MOST_FAILURES = 12
@@ -73,9 +73,9 @@ def table(
         operator, model, shape, batch, captions, dtype = key
         ours, peer = group.get(OURS, {"status": "-"}), best_peer(group)
         what = " ".join(str(part) for part in (operator, model, shape, f"b{batch}", captions, dtype) if part)
-        share = harness.cell(ours, "of_floor", ".0%")
-        time = harness.cell(ours, "median_s", ".4g", scale) if ours["status"] == "ok" else ours["status"]
-        theirs = harness.cell(peer or {}, "median_s", ".4g", scale)
+        share = output.cell(ours, "of_floor", ".0%")
+        time = output.cell(ours, "median_s", ".4g", scale) if ours["status"] == "ok" else ours["status"]
+        theirs = output.cell(peer or {}, "median_s", ".4g", scale)
         lines.append((what, peer["contestant"] if peer else "-", time, theirs, ratio(group, peer), share))
     return lines
 
@@ -129,14 +129,12 @@ def print_report(run: Run) -> None:
         print("\nfor clipfast/tuning.py:", *run.paste, sep="\n")
     if operators and not run.dry:
         notes = [f"{len(operators) - MOST_OPERATORS} more in the file"] if len(operators) > MOST_OPERATORS else []
-        harness.print_table(
-            "operators, us a call", ("", *header), table(operators, 1e6, MOST_OPERATORS), notes, names=2
-        )
+        output.print_table("operators, us a call", ("", *header), table(operators, 1e6, MOST_OPERATORS), notes, names=2)
     if towers and not run.dry:
-        harness.print_table("towers, ms a batch", ("", *header), table(towers, 1e3), names=2)
+        output.print_table("towers, ms a batch", ("", *header), table(towers, 1e3), names=2)
     if (towers or operators) and not run.dry:
         lines = [aim_line(aim, run.rows, run.ceilings.get("copy")) for aim in AIMS]
-        harness.print_table("aims", ("", "aim", "found", ""), lines)
+        output.print_table("aims", ("", "aim", "found", ""), lines)
     for note in run.notes[-12:]:
         print(f"note: {note}"[:160])
     for failure in run.failures[:MOST_FAILURES]:

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,9 +17,11 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from benchmarks import floors, harness
-from benchmarks.gpu.budget import Budget
-from benchmarks.harness import Row, significant
+from clipfast import roofline
+from clipfast.bench import environment, harness
+from clipfast.bench.budget import Budget
+from clipfast.bench.environment import free_name, nvidia_smi, output, slug
+from clipfast.bench.harness import Row, significant
 
 ROOT = Path(__file__).resolve().parents[2]
 DRY = "dry run: no figure below means anything"
@@ -32,15 +33,15 @@ DRY = "dry run: no figure below means anything"
 # how: "graph": captured in a CUDA graph and replayed; "calls (why)": launched one by one; "wall": host clock
 #   around a synchronised call, for towers.
 # median_s, p20_s, p80_s, seconds: of one call, over `rounds` interleaved rounds.
-# gb_per_s, tflops: the fewest bytes and operations (benchmarks/floors.py) over the median.   floor_s: their time at the
+# gb_per_s, tflops: the fewest bytes and operations (clipfast/roofline.py) over the median.   floor_s: their time at the
 #   measured ceilings, launch by launch; of_floor: floor_s / median_s.
 # vs_eager: times as fast as eager PyTorch (towers: openai/CLIP, where it is not installed transformers).
 # ours_is_faster: how many times as fast as this contestant clipfast is.
 # rel_rms, cos_gap_p99: errors against float64, of samples.   note: why there is no time.
 COLUMNS = (
     *("date", "commit", "gpu", "torch", "triton", "stage", "operator", "model", "shape", "batch", "captions", "dtype"),
-    *("contestant", "status", "how", *harness.TIMES, "gb_per_s", "tflops", "floor_s", "of_floor", "vs_eager"),
-    *("ours_is_faster", "rel_rms", "cos_gap_p99", "note", "seconds"),
+    *("contestant", "status", "how", *harness.TIMES, *harness.TAIL, "gb_per_s", "tflops", "floor_s", "of_floor"),
+    *("vs_eager", "ours_is_faster", "rel_rms", "cos_gap_p99", "note", "seconds"),
 )
 
 
@@ -146,7 +147,7 @@ def run_stages(run: Run, stages: list[Stage]) -> None:
 
 def facts(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the code. No host name, no user, no path."""
-    shared = harness.environment()
+    shared = environment.environment()
     found = {name: shared[name] for name in ("date", "clipfast", "commit", "python", "torch", "cpu")}
     found |= {
         "platform": platform.machine(),
@@ -164,7 +165,7 @@ def facts(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
             # as found: nothing here sets a clock or a limit
-            "nvidia_smi": _nvidia_smi("driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"),
+            "nvidia_smi": nvidia_smi("driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"),
         }
     return found
 
@@ -175,14 +176,6 @@ def _triton() -> str:
     except ImportError:
         return ""
     return triton.__version__
-
-
-def output(*command: str) -> str:
-    """What a command prints, empty if it is not here or fails."""
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def nvcc() -> str | None:
@@ -197,27 +190,12 @@ def nvcc_version() -> str:
     return found[1] if found else ""
 
 
-def _nvidia_smi(query: str) -> dict[str, str]:
-    line = output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").partition("\n")[0]
-    return dict(zip(query.split(","), (part.strip() for part in line.split(",")), strict=False))
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "")).strip("-") or "gpu"
-
-
-def free_name(folder: Path, stem: str) -> Path:
-    """stem.csv, or with -2, -3 ... behind it: no earlier result is overwritten."""
-    names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
-    return next(path for name in names if not (path := folder / f"{name}.csv").exists())
-
-
-def rates(run: Run, works: list[floors.Work], dtype: str, median: float) -> Row:
+def rates(run: Run, works: list[roofline.Work], dtype: str, median: float) -> Row:
     """GB/s, TFLOP/s, and how much of the floor's speed this time has."""
-    work = floors.total(works)
+    work = roofline.total(works)
     row = {"gb_per_s": significant(work.bytes / median / 1e9), "tflops": significant(work.flops / median / 1e12)}
     if {"copy", dtype} <= set(run.ceilings):
-        floor = floors.seconds(works, run.ceilings[dtype], run.ceilings["copy"])
+        floor = roofline.seconds(works, run.ceilings[dtype], run.ceilings["copy"])
         row |= {"floor_s": significant(floor), "of_floor": significant(floor / median)}
     return row
 

@@ -13,12 +13,12 @@ import torch
 
 import clipfast
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.contestants import OURS, of
 from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.problems import Maker, Problem
 from benchmarks.gpu.run import Run, on_path
 from clipfast import tuning
+from clipfast.bench.budget import Budget
 from clipfast.kernels import native
 
 TOOL = "compute-sanitizer"

@@ -10,18 +10,19 @@ import threading
 
 import torch
 
-from benchmarks.gpu import correctness, operators, report, sanitizer, timing, tune
-from benchmarks.gpu.budget import Budget
+from benchmarks.gpu import correctness, operators, report, sanitizer, tune
+from benchmarks.gpu import towers as whole_models
 from benchmarks.gpu.run import DRY, ROOT, Run, Stage, nvcc, on_path, run_stages
-from benchmarks.harness import significant
 from clipfast import tuning
+from clipfast.bench import ceilings as measured
+from clipfast.bench.budget import Budget
+from clipfast.bench.harness import significant
 from clipfast.kernels import library, native
 
 # seconds kept for the tables
 RESERVE = 10
 # a stage that hangs in a compiler is left this long after the end, then the tables are printed without it
 GRACE = 5
-GIB = 1 << 30
 
 
 def build(run: Run, budget: Budget) -> None:
@@ -58,13 +59,8 @@ def environment(run: Run, budget: Budget) -> None:
 
 def ceilings(run: Run, budget: Budget) -> None:
     """What this machine gives at best, measured now: every floor below comes from these."""
-    cuda = run.device.type == "cuda"
-    run.ceilings["copy"] = timing.copy_bytes_per_s(run.device, 2 * GIB if cuda else 1 << 16)
-    size = 8192 if cuda else 32
     torch.set_float32_matmul_precision("highest")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        run.ceilings[name] = timing.product_flops_per_s(run.device, dtype, size)
+    run.ceilings |= measured.measure(run.device, ("bfloat16", "float16", "float32"), quick=run.dry)
     for name, value in run.ceilings.items():
         key, scale = ("gb_per_s", 1e9) if name == "copy" else ("tflops", 1e12)
         run.add({"operator": f"ceiling {name}", "status": "ok", key: significant(value / scale)})
@@ -72,10 +68,7 @@ def ceilings(run: Run, budget: Budget) -> None:
 
 
 def towers(run: Run, budget: Budget) -> None:
-    # the peers' adapters need pytest, which may be missing: that costs this stage and no other
-    from benchmarks.gpu import towers
-
-    towers.stage(run, budget)
+    whole_models.stage(run, budget)
 
 
 STAGES = {

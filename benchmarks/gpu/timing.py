@@ -8,13 +8,13 @@ the device, for everybody, and inputs come from memory and not from the cache th
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import reason
+from clipfast.bench.harness import reason
+from clipfast.timing import on_device
 
 # the sets of inputs together are this many times the L2 cache
 CACHES = 3
@@ -22,8 +22,6 @@ MOST_SETS = 24
 MOST_CALLS = 64
 # a replay shorter than this is as much start as work
 REPLAY_SECONDS = 300e-6
-# about half a millisecond
-HEAD_START_CYCLES = 1_000_000
 
 
 class Prepared(NamedTuple):
@@ -97,7 +95,7 @@ def time_interleaved(
         first = number % len(names) if names else 0
         for name in names[first:] + names[:first]:
             try:
-                taken = _timed(running[name].run, device) / running[name].calls
+                taken = on_device(running[name].run, device) / running[name].calls
             except Exception as error:
                 failed[name] = reason(error)
                 del running[name], seconds[name]
@@ -105,43 +103,3 @@ def time_interleaved(
             if number >= 0:
                 seconds[name].append(taken)
     return seconds, failed
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # the GPU waits while the CPU enqueues what is timed, or the first launch's way to it would count
-    torch.cuda._sleep(HEAD_START_CYCLES)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the machine gives at best
-
-
-def copy_bytes_per_s(device: torch.device, n_bytes: int) -> float:
-    """Device-to-device copy of a large buffer, bytes read plus bytes written, best of several."""
-    source = torch.empty(n_bytes // 4, dtype=torch.int32, device=device).random_()
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * n_bytes / min(_timed(lambda: target.copy_(source), device) for _ in range(10))
-
-
-def product_flops_per_s(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """A square matrix product on random data through PyTorch, median of several.
-
-    The median: clocks fall under load, and what is timed later runs under load.
-    """
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    for _ in range(3):
-        torch.mm(a, b, out=out)
-    times = sorted(_timed(lambda: torch.mm(a, b, out=out), device) for _ in range(11))
-    return 2 * size**3 / times[len(times) // 2]

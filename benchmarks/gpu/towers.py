@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
-from unittest import mock
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import clipfast
-from benchmarks import floors, harness, peers, workload
 from benchmarks.gpu import contestants
-from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.correctness import TINY
 from benchmarks.gpu.run import Run, rates, ratios
-from benchmarks.harness import Row
+from clipfast import roofline
+from clipfast.architectures import ARCHITECTURES
+from clipfast.bench import harness, peers, workload
+from clipfast.bench.budget import Budget
+from clipfast.bench.harness import Row
+from clipfast.bench.peers import huggingface, ours
 
 OURS, EAGER = contestants.OURS, contestants.OPENAI
-COMPILED = "torch.compile"  # behind the name of what was compiled
 SHORT, WHOLE = workload.Captions(8, 24), workload.Captions(77, 77)
 ROUNDS = {1: 61, 32: 31, 256: 15}
 # seconds that a group takes without and with torch.compile, until one of this run says better
@@ -77,68 +79,57 @@ def _weights(model: str, device: torch.device) -> dict[str, Tensor]:
 
 
 def _architecture(model: str) -> dict:
-    return TINY if model == "tiny" else workload.ARCHITECTURES[model]
+    return TINY if model == "tiny" else ARCHITECTURES[model]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Contestants
 
 
-def build_contestants(run: Run, group: Group, task: peers.Task) -> tuple[dict[str, harness.Function], dict[str, str]]:
+def build_contestants(
+    run: Run, group: Group, spec: peers.Spec, batch: peers.Batch
+) -> tuple[peers.Calls, dict[str, str]]:
     """Name -> call, and name -> why not."""
-    calls: dict[str, harness.Function] = {}
+    calls: peers.Calls = {}
     missing: dict[str, str] = {}
-    adapters = dict(peers.ADAPTERS)
-    adapters[f"{OURS}, graphs off"] = lambda task: _ours_variant(task, graphs=False)
-    adapters[f"{OURS}, torch backend"] = lambda task: _ours_variant(task, forced="torch")
-    if group.batch > 32:  # no graphs there to turn off
-        del adapters[f"{OURS}, graphs off"]
-    for name, adapter in adapters.items():
+    variants: dict[str, Callable[[peers.Spec], peers.Prepare]] = {
+        name: peer.build
+        for name, peer in peers.known().items()
+        if run.device.type in peer.devices and not peer.prepares
+    }
+    if group.batch <= 32:  # no graphs beyond to turn off
+        variants[f"{OURS}, graphs off"] = functools.partial(_ours_variant, name=f"{OURS}, graphs off", graphs=False)
+    variants[f"{OURS}, torch backend"] = functools.partial(_ours_variant, name=f"{OURS}, torch backend", forced="torch")
+    if group.compiled and not run.dry and importlib.util.find_spec("clip") is None:
+        # openai-clip may be missing on a bare machine, and something must be compiled
+        compiled = {"mode": "max-autotune"}
+        name = "transformers torch.compile"
+        variants[name] = functools.partial(huggingface.build, suffix=" torch.compile", compiled=compiled)
+    elif group.compiled and not run.dry:
+        variants |= {
+            name: peer.build for name, peer in peers.known().items() if peer.prepares and peer.devices != ("cpu",)
+        }
+    for name, build in variants.items():
         try:
-            # new tensors are made where the model runs; what is called later sees no default device
-            with run.device:
-                found = adapter(task)[group.tower]
+            calls |= build(spec)(group.tower, batch)
         except Exception as error:
             missing[name] = str(error) if isinstance(error, peers.Missing) else f"not run: {harness.reason(error)}"
-            continue
-        calls |= {name: found[OURS]} if name.startswith(OURS) else found
-    if group.compiled and not run.dry:
-        calls |= compiled_calls(task, group.tower, calls, run.device)
     return calls, missing
 
 
-def _ours_variant(task: peers.Task, *, graphs: bool = True, forced: str | None = None) -> peers.Calls:
-    model = clipfast.build_model(task.weights)
-    if task.dtype != torch.float32:
-        clipfast.convert_weights(model, task.dtype)
+def _ours_variant(spec: peers.Spec, *, name: str, graphs: bool = True, forced: str | None = None) -> peers.Prepare:
+    model = ours.model(spec)
     model.cuda_graphs = graphs
 
-    def call(function: Callable[[Tensor], Tensor], data: Tensor) -> Tensor:
-        with torch.no_grad(), clipfast.backend(forced) if forced else contextlib.nullcontext():
-            return function(data)
+    def call(function: Callable[[], Tensor]) -> Tensor:
+        with clipfast.backend(forced) if forced else contextlib.nullcontext():
+            return function()
 
-    image = functools.partial(call, model.encode_image, task.images.to(task.dtype))
-    return {"image": {OURS: image}, "text": {OURS: functools.partial(call, model.encode_text, task.text.int())}}
+    def prepare(tower: str, batch: peers.Batch) -> peers.Calls:
+        (function,) = ours.prepare(model, name, tower, batch).values()
+        return {name: functools.partial(call, function)}
 
-
-def compiled_calls(
-    task: peers.Task, tower: str, calls: Mapping[str, harness.Function], device: torch.device, **how: Any
-) -> dict[str, harness.Function]:
-    """openai/CLIP through torch.compile where it is installed, else transformers', with its adapter's own preparation.
-
-    how: default max-autotune, which turns CUDA graphs on.
-    """
-    how, plain = how or {"mode": "max-autotune"}, peers._call
-
-    def call(mode: Any, function: Callable[..., Tensor], *arguments: Tensor) -> harness.Function:
-        # no_grad for all: torch.compile refuses transformers' inference mode
-        return plain(torch.no_grad, torch.compile(function, dynamic=False, **how), *arguments)
-
-    openai = EAGER in calls
-    name = EAGER if openai else peers.TRANSFORMERS[tower]
-    with mock.patch.object(peers, "_call", call), device:
-        found = (peers._openai_clip if openai else peers._transformers)(task)[tower]
-    return {f"{name} {COMPILED}": found[name]}
+    return prepare
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,10 +142,11 @@ def compare(run: Run, group: Group, budget: Budget) -> dict[str, Row]:
     data = workload.inputs(architecture, group.batch, _fit(group.captions, architecture))
     data = {name: tensor.to(run.device) for name, tensor in data.items()}
     weights = _weights(group.model, run.device)
-    task = peers.Task(weights, architecture, group.dtype, data["image"], data["text"])
+    spec = peers.Spec(weights, architecture, group.dtype, run.device)
     with torch.no_grad():
-        exact = workload.exact(group.tower, weights, data[group.tower], group.dtype)
-    calls, missing = build_contestants(run, group, task)
+        chosen = data[group.tower][workload.checked_samples(group.batch).to(run.device)]
+        exact = workload.exact(group.tower, weights, chosen, group.dtype)
+    calls, missing = build_contestants(run, group, spec, peers.Batch(data["image"], data["text"]))
     rows: dict[str, Row] = {name: {"status": "missing", "note": why} for name, why in missing.items()}
     accepted = check(run, group, calls, exact, rows)
     # torch.compile records its CUDA graph in the second call and replays it from the third
@@ -178,10 +170,10 @@ def _fit(captions: workload.Captions, architecture: dict) -> workload.Captions:
     return workload.Captions(captions.shortest, min(captions.longest, architecture["context_length"]))
 
 
-def _works(group: Group, architecture: dict, text: Tensor) -> list[floors.Work]:
+def _works(group: Group, architecture: dict, text: Tensor) -> list[roofline.Work]:
     if group.tower == "image":
-        return floors.image_tower(architecture, group.batch, group.dtype.itemsize)
-    return floors.text_tower(architecture, (text.argmax(dim=-1) + 1).tolist(), group.dtype.itemsize)
+        return roofline.image_tower(architecture, group.batch, group.dtype.itemsize)
+    return roofline.text_tower(architecture, (text.argmax(dim=-1) + 1).tolist(), group.dtype.itemsize)
 
 
 def check(

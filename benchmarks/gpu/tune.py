@@ -18,15 +18,15 @@ from unittest import mock
 
 import torch
 
-from benchmarks import floors, harness
 from benchmarks.gpu import problems as make
 from benchmarks.gpu import timing
-from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.contestants import EAGER, of
 from benchmarks.gpu.problems import Maker, Problem
 from benchmarks.gpu.run import Run, rates
-from benchmarks.harness import significant
-from clipfast import tuning
+from clipfast import roofline, tuning
+from clipfast.bench import harness
+from clipfast.bench.budget import Budget
+from clipfast.bench.harness import significant
 from clipfast.tuning import LinearConfig
 
 ROUNDS = 11
@@ -100,8 +100,8 @@ def compile_one(config: LinearConfig, dtype: torch.dtype, epilogue: tuple[str | 
 
 def best_linear(run: Run, problem: Problem, configs: list[LinearConfig], budget: Budget) -> tuple[Any, float, float]:
     """The fastest right configuration, its seconds, and cuBLAS's with PyTorch's epilogue; one row each in the CSV."""
-    floor = floors.seconds(problem.works, 1e15, 5e12)
-    sets = timing.input_sets(floors.total(problem.works).bytes, run.facts["l2_bytes"])
+    floor = roofline.seconds(problem.works, 1e15, 5e12)
+    sets = timing.input_sets(roofline.total(problem.works).bytes, run.facts["l2_bytes"])
     repeats = timing.n_calls(sets, floor) // sets
     cases = [problem.make() for _ in range(sets)]
     eager = next(each for each in of("linear") if each.name == EAGER)
@@ -212,7 +212,7 @@ _ATTENTION = (
 
 def _warps_and_stages(run: Run, problem: Problem, names: tuple[str, ...], budget: Budget) -> str:
     """Times of the operator with each number of warps and stages in place of what the functions of tuning return."""
-    sets = timing.input_sets(floors.total(problem.works).bytes, run.facts["l2_bytes"])
+    sets = timing.input_sets(roofline.total(problem.works).bytes, run.facts["l2_bytes"])
     contestant, cases = of(problem.operator)[0], [problem.make() for _ in range(sets)]
     prepared: dict[str, timing.Prepared] = {}
     for change in ({}, *({"warps": w} for w in (1, 2, 4, 8)), *({"stages": s} for s in (1, 2, 3, 4))):

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from clipfast import reference
+from clipfast.bench.peers import module
 from clipfast.checkpoints import to_huggingface
 from clipfast.demo.digits import largest_gap
 from clipfast.dispatch import backend, explain
@@ -136,11 +135,11 @@ def contestants(
         Contestant(PLAIN, plain, _on_torch(plain.encode_image), _on_torch(plain.encode_text)),
     ]
     missing = {}
-    for name, module, build in (
+    for name, package, build in (
         ("openai-clip", "clip", _openai_clip),
         ("transformers", "transformers", _transformers),
     ):
-        if importlib.util.find_spec(module) is None:
+        if importlib.util.find_spec(package) is None:
             missing[name] = "not installed"
             continue
         try:
@@ -161,7 +160,7 @@ def _on_torch(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _openai_clip(weights: Mapping[str, Tensor], device: torch.device) -> Contestant:
-    library = _imported("clip").model
+    library = module("clip", "openai-clip").model
     model = library.CLIP(**architecture(weights))
     model.load_state_dict(weights)
     model.eval().to(device)
@@ -169,7 +168,7 @@ def _openai_clip(weights: Mapping[str, Tensor], device: torch.device) -> Contest
 
 
 def _transformers(weights: Mapping[str, Tensor], device: torch.device) -> Contestant:
-    library = _imported("transformers")
+    library = module("transformers", "transformers")
     config = library.CLIPConfig(
         text_config={"hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407},
         vision_config={"hidden_act": "quick_gelu"},
@@ -196,25 +195,6 @@ def _version(*distributions: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     return ""
-
-
-_declared: list[torch.library.Library] = []  # the declarations go with the object
-
-
-def _imported(module: str) -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            importlib.import_module("torchvision")
-        except ImportError:
-            pass
-        except RuntimeError:
-            # beside a CPU-only torch its compiled operators are missing, but its transforms are not
-            if not _declared:
-                _declared.append(torch.library.Library("torchvision", "DEF"))
-                for name in ("nms", "qnms"):
-                    _declared[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return importlib.import_module(module)
 
 
 def dtypes(device: torch.device) -> Iterator[torch.dtype]:

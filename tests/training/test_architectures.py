@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import clipfast
+from clipfast.architectures import ARCHITECTURES
 from clipfast.model import architecture
-from clipfast.training.architectures import ARCHITECTURES, make_model, sizes_of
+from clipfast.training.architectures import make_model, sizes_of
 from tests import peers
 from tests.clips import PUBLISHED
 

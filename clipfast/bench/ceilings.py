@@ -1,0 +1,92 @@
+"""What this machine gives at best, measured before anything else: every floor is computed from it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast import ops
+from clipfast.timing import on_device
+
+COPY = "copy"
+PLAIN, FUSED, OURS = "F.linear", "oneDNN fused", "clipfast.ops.linear"
+# for one dtype on a CPU
+SECONDS = 6.0
+# of the square product and of the copied buffer; the second for a look whether everything runs
+SIZES = {"cuda": 8192, "cpu": 4096}
+BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
+QUICK_SIZE, QUICK_BYTES = 512, 1 << 22
+
+
+def measure(device: torch.device, dtypes: Iterable[str], *, quick: bool = False) -> dict[str, float]:
+    """ "copy" in bytes/s (read and written), and for each dtype's name FLOP/s of a large square product.
+
+    Large, so that everything else is a smaller share: 4096 (a GPU: 8192) each way. quick: small, and worth nothing.
+    """
+    found = {COPY: copy_bytes_per_s(device, QUICK_BYTES if quick else BYTES[device.type])}
+    for name in dtypes:
+        size = QUICK_SIZE if quick else SIZES[device.type]
+        found[name] = product_flops_per_s(device, getattr(torch, name), size)
+    return found
+
+
+def copy_bytes_per_s(device: torch.device, n_bytes: int) -> float:
+    """Copy of a large buffer within the device's memory, bytes read plus bytes written, best of several."""
+    source = torch.empty(n_bytes // 4, dtype=torch.int32, device=device).random_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * n_bytes / min(on_device(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def product_flops_per_s(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """A square matrix product on random data: on a GPU torch.mm, on a CPU the fastest of `products`.
+
+    A GPU: the median of several, for clocks fall under load, and what is timed later runs under load. A CPU: the best.
+    """
+    if device.type != "cuda":
+        ways = products(*operands(size, size, size, dtype)).values()
+        start, best = time.perf_counter(), float("inf")
+        with torch.no_grad():
+            # a slow or busy machine must not spend minutes here; the first time of each way is its warm-up
+            for number, way in itertools.product(range(5), ways):
+                taken = on_device(way, device)
+                best = min(best, taken) if number else best
+                if number and time.perf_counter() - start > SECONDS:
+                    break
+        return 2 * size**3 / best
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    for _ in range(3):
+        torch.mm(a, b, out=out)
+    times = sorted(on_device(lambda: torch.mm(a, b, out=out), device) for _ in range(11))
+    return 2 * size**3 / times[len(times) // 2]
+
+
+def operands(rows: int, terms: int, outputs: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Input [rows, terms], weight [outputs, terms] and bias [outputs]: normal, results of about unit size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, terms, generator=generator)
+    weight = torch.randn(outputs, terms, generator=generator) * terms**-0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(outputs, generator=generator).to(dtype)
+
+
+def products(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The ways to x @ weight.T + bias that this CPU has."""
+    ways: dict[str, Callable[[], Tensor]] = {PLAIN: lambda: F.linear(x, weight, bias)}
+    if _fuses(x.dtype):
+        ways[FUSED] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # in float32 with its sums cut into chains, where that pays; cutting the weight is part of the call
+    ways[OURS] = lambda: ops.linear(x, weight, bias)
+    return ways
+
+
+def _fuses(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or bfloat16

@@ -1,0 +1,47 @@
+"""OpenVINO on openai/CLIP's graph, in float32 and by its bfloat16 hint."""
+
+from __future__ import annotations
+
+import torch
+
+from clipfast.bench.peers import Batch, Calls, Missing, Peer, Prepare, Spec, module, openai
+from clipfast.bench.peers.onnx import Tower, quiet
+from clipfast.bench.workload import rounded
+
+NAME = "OpenVINO"
+HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def build(spec: Spec) -> Prepare:
+    library = module("openvino", "openvino")
+    if spec.dtype not in HINTS:
+        raise Missing(f"OpenVINO: no hint for {spec.dtype}")
+    # the hint says what it computes in; the weights come as the float32 numbers that everybody's rounding leaves
+    if spec.dtype == torch.float32:
+        made = openai.shared(spec)
+    else:
+        made = openai.model(spec._replace(weights=rounded(spec.weights, spec.dtype), dtype=torch.float32))
+    core = library.Core()
+
+    def prepare(tower: str, batch: Batch) -> Calls:
+        if tower == "both":
+            return {}
+        inputs = batch.images if tower == "image" else batch.text
+        with quiet(), torch.no_grad():
+            graph = library.convert_model(Tower(made, tower).eval(), example_input=inputs, input=[list(inputs.shape)])
+        settings = {
+            "INFERENCE_PRECISION_HINT": HINTS[spec.dtype],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled = core.compile_model(graph, "CPU", settings)
+        used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if used != HINTS[spec.dtype]:
+            raise Missing(f"OpenVINO computes in {used} here, not in {HINTS[spec.dtype]}")
+        request, data = compiled.create_infer_request(), inputs.numpy()
+        return {NAME: lambda: torch.from_numpy(request.infer([data])[0])}
+
+    return prepare
+
+
+PEER = Peer(NAME, "openvino", build, prepares=0.6, weight=0.7, devices=("cpu",), dtypes=("float32", "bfloat16"))

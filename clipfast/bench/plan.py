@@ -1,0 +1,160 @@
+"""What is measured in the time there is: which contestants of which groups, and how many rounds.
+
+Every (group, peer) is a job with a predicted time: from the dense operations and the measured ceiling at first, then
+from what the same peer took in the same tower and dtype. Cheap jobs go first, so that most rows are filled; what does
+not fit is said to be out of time. The plan is made anew before each group, with the time that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from clipfast import roofline
+from clipfast.bench.peers import OPENAI, OURS, Peer
+
+# rounds that a median needs at the least; fewer than FEW are pointed out in the row
+LEAST_ROUNDS, FEW = 3, 5
+# of a machine's best product, what a model that nobody has timed yet is supposed to reach
+FIRST_GUESS = 0.3
+# float64 on a CPU, as a share of the float32 ceiling
+DOUBLE = 0.2
+# seconds of building one peer's model, for each parameter
+BUILD = 4e-9
+# where a compiler is first asked: the largest batch of which a call takes less than this
+COMPILE_SECONDS = 3.0
+# how much longer than it takes a job must count: ours with openai-clip first, a compiler's further batch sizes last
+FIRST, LATER = 0.5, 3.0
+
+
+class Group(NamedTuple):
+    """What is compared: everything that its rows share.   captions: as text."""
+
+    model: str
+    dtype: str
+    tower: str
+    batch: int
+    captions: str
+
+    def title(self, mean_length: float | None = None) -> str:
+        mean = "" if mean_length is None else f" (mean {mean_length:g})"
+        captions = f", captions of {self.captions} tokens{mean}" if self.tower != "image" else ""
+        return f"{self.model} {self.tower}, {self.dtype}, batch {self.batch}{captions}"
+
+
+class Costs:
+    """Predicted seconds, from what has been seen so far."""
+
+    def __init__(self, ceilings: Mapping[str, float], architectures: Mapping[str, Mapping[str, Any]]):
+        self.ceilings, self.architectures = ceilings, architectures
+        self._rates: dict[tuple[str, str, str], float] = {}  # (peer, dtype, tower) -> dense FLOP/s
+        self._prepares: dict[str, float] = {}  # peer -> seconds a layer
+
+    def flops(self, group: Group) -> float:
+        # the logits' square is left out: it is nothing beside the towers
+        return group.batch * roofline.dense_flops(self.architectures[group.model], group.tower)
+
+    def layers(self, group: Group) -> int:
+        sizes = self.architectures[group.model]
+        vision = sizes["vision_layers"]
+        towers = {"image": vision if isinstance(vision, int) else sum(vision), "text": sizes["transformer_layers"]}
+        return towers.get(group.tower) or sum(towers.values())
+
+    def call(self, group: Group, peer: str) -> float:
+        """One call of each of the peer's contestants."""
+        known = self._rates.get((peer, group.dtype, group.tower))
+        if known is not None:
+            return self.flops(group) / known
+        contestants = 2 if peer == "transformers" and group.tower == "text" else 1
+        return contestants * self.flops(group) / (FIRST_GUESS * self.ceilings[group.dtype])
+
+    def prepare(self, group: Group, peer: Peer) -> float:
+        """Compiling or converting for this group."""
+        return self._prepares.get(peer.name, peer.prepares) * self.layers(group)
+
+    def learn(self, group: Group, peer: str, seconds: float) -> None:
+        self._rates[peer, group.dtype, group.tower] = self.flops(group) / max(seconds, 1e-9)
+
+    def learn_prepare(self, group: Group, peer: str, seconds: float) -> None:
+        self._prepares[peer] = seconds / self.layers(group)
+
+    def start(self, model: str, dtype: str, peers: int) -> float:
+        """Building everybody's model."""
+        sizes = self.architectures[model]
+        # three parameters in four are in the blocks: 12 W^2 each
+        width, text_width = sizes["vision_width"], sizes["transformer_width"]
+        layers = sizes["vision_layers"] if isinstance(sizes["vision_layers"], int) else 12
+        parameters = 12 * (layers * width**2 + sizes["transformer_layers"] * text_width**2)
+        parameters += sizes["vocab_size"] * text_width
+        return BUILD * parameters * (2 + peers)
+
+    def exact(self, group: Group, samples: int) -> float:
+        """The float64 answer of so many samples."""
+        reference = self.ceilings.get("float32", min(self.ceilings.values()))
+        return self.flops(group) / group.batch * samples / (DOUBLE * reference)
+
+
+class Rounds(NamedTuple):
+    """How many at the most, and at batch 1, where a tail is wanted too; and the seconds that they may take."""
+
+    most: int
+    tail: int
+    share: float
+
+    def at(self, batch: int) -> int:
+        return max(self.most, self.tail) if batch == 1 else self.most
+
+
+def rounds_of(group: Group, peers: Iterable[Peer], costs: Costs, rounds: Rounds) -> int:
+    """As many as fit into the seconds with everybody who needs no preparation, from 3 to the most."""
+    one = sum(costs.call(group, peer.name) for peer in peers if not peer.prepares)
+    most = rounds.at(group.batch)
+    return max(min(LEAST_ROUNDS, most), most if most * one <= rounds.share else int(rounds.share / one))
+
+
+class Job(NamedTuple):
+    group: Group
+    peers: tuple[Peer, ...]
+    seconds: float
+    weight: float  # above 1: later than its time alone would put it
+    base: bool = False  # the group's first, without which the others are not asked
+
+
+def jobs(groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: Rounds) -> Iterable[Job]:
+    """The first of each group is ours with openai-clip: a row that is compared with nobody says nothing."""
+    for group in groups:
+        able = [peer for peer in peers if group.dtype in peer.dtypes]
+        calls = 1 + rounds_of(group, able, costs, rounds)
+        first = tuple(peer for peer in able if peer.name in (OURS, OPENAI)) or tuple(able[:1])
+        yield Job(group, first, calls * sum(costs.call(group, peer.name) for peer in first), FIRST, base=True)
+        for peer in able:
+            if peer in first:
+                continue
+            seconds = costs.prepare(group, peer) + calls * costs.call(group, peer.name)
+            weight = peer.weight
+            if peer.prepares and not _asked_first(group, groups, peer, costs):
+                weight = LATER
+            yield Job(group, (peer,), seconds, weight)
+
+
+def _asked_first(group: Group, groups: Sequence[Group], peer: Peer, costs: Costs) -> bool:
+    """Whether this is the batch size at which a compiler is asked before the others of the same tower."""
+    same = [other for other in groups if other._replace(batch=0) == group._replace(batch=0)]
+    quick = [other for other in same if costs.call(other, peer.name) <= COMPILE_SECONDS]
+    return group == max(quick, key=lambda other: other.batch, default=min(same, key=lambda other: other.batch))
+
+
+def choose(
+    groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: Rounds, seconds: float
+) -> dict[Group, list[str]]:
+    """The peers of each group that fit into `seconds` together; none for a group whose first job does not."""
+    chosen: dict[Group, list[str]] = {group: [] for group in groups}
+    left = seconds
+    found = list(jobs(groups, peers, costs, rounds))
+    bases = {job.group: job.seconds * job.weight for job in found if job.base}
+    for job in sorted(found, key=lambda job: (max(bases[job.group], job.seconds * job.weight), not job.base)):
+        if job.seconds <= left and (job.base or chosen[job.group]):
+            chosen[job.group] += [peer.name for peer in job.peers]
+            left -= job.seconds
+    order: Callable[[str], int] = [peer.name for peer in peers].index
+    return {group: sorted(names, key=order) for group, names in chosen.items()}

@@ -1,0 +1,364 @@
+"""One invocation of `clipfast bench`: groups in turn, each row written as soon as it is known."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast import roofline
+from clipfast.architectures import ARCHITECTURES
+from clipfast.bench import ceilings, contest, environment, exact, harness, output, peers, plan, tables, workload
+from clipfast.bench.budget import Budget
+from clipfast.bench.exact import Exact
+from clipfast.bench.harness import Row, significant
+from clipfast.bench.plan import Group
+
+COLUMNS = (
+    *(*environment.ENVIRONMENT, "device", "mhz", "model", "tower", "dtype", "batch", "captions", "mean_length"),
+    *("contestant", "version", "status", *harness.TIMES, *harness.TAIL, "prepare_s", "samples_per_s"),
+    *("vs_openai", "vs_transformers", "gflop_per_sample", "gflops", "ceiling_gflops", "share_of_ceiling"),
+    *("floor_s", "of_floor", "cos_gap_p99", "rel_rms", "rms_vs_openai", "rel_max", "warning", "note", "seconds"),
+)
+START_COLUMNS = (
+    *(*environment.ENVIRONMENT, "device", "model", "dtype", "contestant", "status", "import_s", "build_s"),
+    *("first_image_s", "second_image_s", "first_text_s", "second_text_s", "base_bytes", "peak_bytes", "note"),
+)
+# kept of the time for tables, plots and what a prediction is wrong by
+RESERVE = 0.06
+# the share of it after which no further contestant's start is measured
+START = 0.1
+# of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
+SHARE = 0.25
+# how many times that it may take if the prediction was too low
+LATE = 2
+
+
+class Run:
+    """Its options, what is known so far, and where it goes."""
+
+    def __init__(self, options: argparse.Namespace, written: list[Path] | None = None):
+        self.options = options
+        self.device: torch.device = options.device
+        self.written = [] if written is None else written
+        self.rows: list[Row] = []
+        self.clocks: list[Row] = []
+        self.start_rows: list[Row] = []
+        self.ceilings: dict[str, float] = {}
+        known = peers.known()
+        self.peers = [known[name] for name in options.peers]
+        self.missing: dict[str, str] = {}  # peer -> why, in this model and dtype
+        limit = 60 * options.minutes if options.minutes else float("inf")
+        self.budget = Budget(limit * (1 - RESERVE))
+        self.bar = output.Bar(self.budget.left() if options.minutes else 0.0)
+        self.facts = environment.environment()
+        self.facts["device"] = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        environment.warn_if_busy(self.facts)
+        self.groups = [
+            Group(model, dtype, tower, batch, str(options.captions) if tower != "image" else "")
+            for model in options.models
+            for dtype in options.dtypes
+            for tower in options.towers
+            for batch in options.batch
+        ]
+        self.costs = plan.Costs(self.ceilings, ARCHITECTURES)
+        self.exact = Exact(self.costs)
+        self.path = self._open()
+
+    def _open(self) -> Path:
+        """The CSV, empty: a folder that cannot be written to must fail now, not after the measurements."""
+        kind = environment.slug(self.facts["device"])
+        stem = self.options.name or f"{kind}-{self.facts['date']}"
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        path = environment.free_name(self.options.out, stem)
+        output.write_csv(path, COLUMNS, [])
+        self.written.append(path)
+        return path
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def __call__(self) -> int:
+        """Returns the exit status: 0, 1 if ours was wrong, or 130 after Ctrl-C."""
+        status = 0
+        try:
+            self._begin()
+            for model in self.options.models:
+                weights = workload.random_weights(ARCHITECTURES[model])
+                self.weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
+                for dtype in self.options.dtypes:
+                    self._model(model, dtype)
+                    gc.collect()
+        except KeyboardInterrupt:
+            self.bar.clear()
+            print("\ninterrupted: what is above is all that was measured")
+            status = 130
+        self._save()
+        if not self.options.no_plots:
+            self._plots()
+        print(f"\nresults: {', '.join(str(path) for path in self.written)}")
+        wrong = any(row["contestant"] == peers.OURS and row["status"] in ("WRONG", "failed") for row in self.rows)
+        return status or int(wrong)
+
+    def _begin(self) -> None:
+        facts = self.facts
+        where = facts["device"] if self.device.type == "cuda" else f"{facts['cpu']} ({facts['capability']})"
+        print(f"{where}, {facts['threads']} threads; torch {facts['torch']}; load {facts['load']}")
+        print(f"clipfast {facts['clipfast']} {facts['commit']}".rstrip())
+        self.bar.say("ceilings: a copy, and a matrix product in each dtype")
+        self.clocks.append({"at": "start", **environment.clock(self.device)})
+        dtypes = dict.fromkeys(("float32", *self.options.dtypes))
+        self.ceilings |= ceilings.measure(self.device, dtypes, quick=self.options.quick)
+        self.bar.clear()
+        print(tables.ceilings(self.ceilings))
+        print(tables.LEGEND)
+        if not self.options.no_start:
+            self._start()
+
+    def _start(self) -> None:
+        """Import, first call and peak memory of the first model, each contestant in a process of its own."""
+        from clipfast.bench import start
+
+        model, dtype = self.options.models[0], self.options.dtypes[0]
+        spent = self.budget.part(self.budget.left())
+        for peer in self.peers:
+            if peer.prepares or dtype not in peer.dtypes:
+                continue
+            if spent.spent() > START * self.budget.left() or not self.budget.allows(start.SECONDS):
+                break
+            self.bar.say(f"{peer.name}: import, first call and memory, in a process of its own")
+            row = start.measure(peer.name, model, dtype, self.device, self.options.captions)
+            self.start_rows.append({**self.facts, "model": model, "dtype": dtype, "contestant": peer.name, **row})
+        self.bar.clear()
+        if self.start_rows:
+            path = self.path.with_name(f"{self.path.stem}-start.csv")
+            output.write_csv(path, START_COLUMNS, self.start_rows)
+            self.written.append(path)
+        tables.print_start(self.start_rows)
+
+    def _left(self, group: Group) -> list[Group]:
+        return self.groups[self.groups.index(group) :]
+
+    def _chosen(self, group: Group) -> tuple[list[str], int]:
+        """Who takes part in this group by the plan made now, and in how many rounds."""
+        options, rest = self.options, self._left(group)
+        named = [peer for peer in self.peers if peer.name not in self.missing]
+        rounds = plan.Rounds(options.rounds, options.tail, SHARE * self.budget.left() / len(rest))
+        self.rounds = rounds
+        overhead = sum(
+            self.costs.start(model, dtype, len(named)) for model, dtype in {(g.model, g.dtype) for g in rest[1:]}
+        )
+        overhead += exact.SECONDS * len(rest) / 2
+        seconds = self.budget.left() - overhead
+        chosen = plan.choose(rest, named, self.costs, rounds, seconds)
+        able = [peer for peer in named if peer.name in chosen[group]]
+        self.bar.plan(max(0.0, min(self.budget.left(), self._predicted(chosen, rounds) + overhead)))
+        return chosen[group], plan.rounds_of(group, able, self.costs, rounds)
+
+    def _predicted(self, chosen: Mapping[Group, Sequence[str]], rounds: plan.Rounds) -> float:
+        total = 0.0
+        for group, names in chosen.items():
+            able = [peer for peer in self.peers if peer.name in names]
+            calls = 1 + plan.rounds_of(group, able, self.costs, rounds)
+            total += sum(self.costs.prepare(group, p) + calls * self.costs.call(group, p.name) for p in able)
+        return total
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _model(self, model: str, dtype: str) -> None:
+        """Every group of one model in one dtype. The contestants' models live no longer than this call."""
+        sizes = ARCHITECTURES[model]
+        spec = peers.Spec(self.weights, sizes, harness.DTYPES[dtype], self.device)
+        built: dict[str, peers.Prepare] = {}
+        self.missing = {peer.name: f"no {dtype}" for peer in self.peers if dtype not in peer.dtypes}
+        for group in self.groups:
+            if (group.model, group.dtype) == (model, dtype):
+                self._group(group, spec, built)
+                # what is compiled for one size is of no use to the next
+                torch.compiler.reset()
+                gc.collect()
+
+    def _group(self, group: Group, spec: peers.Spec, built: dict[str, peers.Prepare]) -> None:
+        """Build, check, time, print and write one group; what was measured is kept when somebody interrupts."""
+        names, rounds = self._chosen(group)
+        rows: dict[str, Row] = {}
+        text = None
+        short = contest.too_large(group, self.device)
+        try:
+            if names and not short:
+                self.bar.say(group.title())
+                data = workload.inputs(spec.architecture, group.batch, self.options.captions)
+                text = data["text"]
+                batch = peers.Batch(*(data[name].to(self.device) for name in ("image", "text")))
+                if group.tower == "train":
+                    from clipfast.bench import training
+
+                    training.compare(self, group, spec, batch, names, rounds, rows)
+                else:
+                    self._compare(group, spec, batch, names, rounds, built, rows)
+        except (MemoryError, RuntimeError) as error:  # the inputs themselves do not fit
+            rows |= {name: contest.failure(error) for name in names if name not in rows}
+        finally:
+            skipped = {"status": "skipped", "note": "out of time; more with --minutes"}
+            for peer in self.peers:
+                if short and peer.name not in self.missing:
+                    rows[peer.name] = {"status": "out of memory", "note": short}
+                elif peer.name not in names and peer.name not in self.missing:
+                    rows.setdefault(peer.name, skipped)
+            self._report(group, spec.architecture, rows, text)
+
+    def _entries(
+        self,
+        group: Group,
+        spec: peers.Spec,
+        batch: peers.Batch,
+        names: Sequence[str],
+        built: dict[str, peers.Prepare],
+        rows: dict[str, Row],
+    ) -> tuple[dict[str, contest.Entry], dict[str, float]]:
+        """Contestant -> call, and peer -> seconds of preparing it. Who cannot be built is missing from now on."""
+        entries: dict[str, contest.Entry] = {}
+        seconds: dict[str, float] = {}
+        for peer in self.peers:
+            if peer.name not in names:
+                continue
+            self.bar.say(f"{group.title()}: preparing {peer.name}")
+            try:
+                if peer.name not in built:
+                    built[peer.name] = peer.build(spec)
+            except Exception as error:
+                known = isinstance(error, peers.Missing)
+                self.missing[peer.name] = str(error) if known else f"not run: {harness.reason(error)}"
+                continue
+            start = time.perf_counter()
+            try:
+                calls = built[peer.name](group.tower, batch)
+            except Exception as error:  # of this size only
+                rows[peer.name] = contest.failure(error)
+                continue
+            seconds[peer.name] = time.perf_counter() - start
+            entries |= {name: contest.Entry(peer.name, call, peer.approximate) for name, call in calls.items()}
+        return entries, seconds
+
+    def _compare(
+        self,
+        group: Group,
+        spec: peers.Spec,
+        batch: peers.Batch,
+        names: Sequence[str],
+        rounds: int,
+        built: dict[str, peers.Prepare],
+        rows: dict[str, Row],
+    ) -> None:
+        entries, prepared = self._entries(group, spec, batch, names, built, rows)
+        self.bar.say(f"{group.title()}: float64 reference")
+        truth = self.exact.truth(group, spec, batch)
+        by_name = {peer.name: peer for peer in self.peers}
+        first: dict[str, float] = {}  # peer -> seconds of the first call of each of its contestants
+
+        def seen(name: str, seconds: float) -> None:
+            self.bar.say(f"{group.title()}: {name} checked")
+            peer = by_name[entries[name].peer]
+            first[peer.name] = first.get(peer.name, 0.0) + seconds
+            if peer.prepares:
+                prepared[peer.name] = prepared.get(peer.name, 0.0) + seconds
+                self.costs.learn_prepare(group, peer.name, prepared[peer.name])
+
+        with torch.no_grad():
+            accepted = contest.check(entries, truth, group.batch, spec.dtype, rows, seen)
+        approximate = frozenset(name for name, entry in entries.items() if entry.approximate)
+        for name, seconds in first.items():
+            # a first call is slower than the next: still the better prediction where it was the shorter one
+            if not by_name[name].prepares and seconds < self.costs.call(group, name):
+                self.costs.learn(group, name, seconds)
+        rounds = max(rounds, plan.rounds_of(group, [by_name[name] for name in first], self.costs, self.rounds))
+        one = sum(self.costs.call(group, name) for name in names)
+        try:
+            contest.time_accepted(
+                accepted,
+                rows,
+                rounds,
+                tick=lambda done: self.bar.say(f"{group.title()}: rounds"),
+                least=plan.LEAST_ROUNDS,
+                # a prediction may have been far too low
+                left=self.budget.part(LATE * self.rounds.share).left,
+                slow=one > contest.QUICK_ROUND,
+                approximate=approximate,
+            )
+        finally:
+            self._learn(group, entries, rows, prepared)
+
+    def _learn(
+        self, group: Group, entries: Mapping[str, contest.Entry], rows: Mapping[str, Row], prepared: Mapping[str, float]
+    ) -> None:
+        taken: dict[str, float] = {}
+        for name, entry in entries.items():
+            rows[name]["version"] = peers.version(next(p for p in self.peers if p.name == entry.peer))
+            if entry.peer in prepared:
+                rows[name]["prepare_s"] = significant(prepared[entry.peer])
+            if "median_s" in rows[name]:
+                taken[entry.peer] = taken.get(entry.peer, 0.0) + rows[name]["median_s"]
+        for peer, seconds in taken.items():
+            self.costs.learn(group, peer, seconds)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _report(self, group: Group, sizes: Mapping[str, Any], rows: dict[str, Row], text: Tensor | None) -> None:
+        """Add rates to the rows, then write the CSV and print the table."""
+        mean = None if text is None else significant((text.argmax(dim=-1) + 1).double().mean().item())
+        if text is not None:
+            self._add_rates(group, sizes, rows, (text.argmax(dim=-1) + 1).tolist())
+        shared = {**self.facts, **{n: getattr(group, n) for n in ("model", "tower", "dtype", "batch")}}
+        shared["mhz"] = environment.mhz(self.device)
+        if group.tower != "image":
+            shared |= {"captions": group.captions, "mean_length": "" if mean is None else mean}
+        self.clocks.append({"at": group.title(), **environment.clock(self.device)})
+        self.rows += [{**shared, "contestant": name, **row} for name, row in rows.items()]
+        self.rows += [
+            {**shared, "contestant": name, "status": "missing", "note": why} for name, why in self.missing.items()
+        ]
+        output.write_csv(self.path, COLUMNS, self.rows)
+        self.bar.clear()
+        tables.print_group(group.title(mean if group.tower != "image" else None), rows, self.missing)
+
+    def _add_rates(self, group: Group, sizes: Mapping[str, Any], rows: dict[str, Row], lengths: list[int]) -> None:
+        parameters = sum(w.numel() for w in self.weights.values()) if group.tower == "train" else 0
+        itemsize = harness.DTYPES[group.dtype].itemsize
+        works = roofline.works_of(sizes, group.tower, lengths, itemsize, parameters=parameters)
+        tables.add_rates(rows, group, roofline.dense_flops(sizes, group.tower, group.batch), works, self.ceilings)
+
+    def _save(self) -> None:
+        """The CSV again, and JSON with the environment beside it."""
+        output.write_csv(self.path, COLUMNS, self.rows)
+        options = {
+            name: value if isinstance(value, int | float | bool | list) else str(value)
+            for name, value in vars(self.options).items()
+            if name not in ("out", "parser", "command", "name") and value is not None
+        }
+        whole = {
+            "options": options,
+            "environment": self.facts,
+            "peers": {peer.name: peers.version(peer) for peer in self.peers},
+            "ceilings": {name: significant(value) for name, value in self.ceilings.items()},
+            "clocks": self.clocks,
+            "start": self.start_rows,
+            "rows": self.rows,
+        }
+        path = self.path.with_suffix(".json")
+        path.write_text(json.dumps(whole, indent=1) + "\n")
+        self.written.append(path)
+
+    def _plots(self) -> None:
+        from clipfast.bench import plots
+
+        try:
+            self.written += plots.draw(self.rows, self.ceilings, self.path.with_suffix(""))
+        except ImportError as error:
+            print(f"no pictures: {error}", file=sys.stderr)

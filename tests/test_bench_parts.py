@@ -1,0 +1,101 @@
+"""Ceilings, gradients, start-up cost and imports: what a benchmark stands on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clipfast.architectures import ARCHITECTURES
+from clipfast.bench import ceilings, peers, run, start, training, workload
+from clipfast.bench.peers import openai
+
+from . import peers as installed
+from .bench_models import TINY
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
+
+
+def test_a_slow_machine_does_not_spend_minutes_on_its_ceiling(monkeypatch):
+    calls = []
+
+    def slow(way, device):
+        calls.append(way)
+        monkeypatch.setattr(ceilings, "SECONDS", -1.0)
+        return 2.0
+
+    monkeypatch.setattr(ceilings, "on_device", slow)
+    assert ceilings.product_flops_per_s(torch.device("cpu"), torch.float32, 8) == 2 * 8**3 / 2.0
+    ways = len(ceilings.products(*ceilings.operands(8, 8, 8, torch.float32)))
+    assert len(calls) == ways + 1  # a warm-up of each, and one that counts
+
+
+def test_readers_of_openai_clip_share_one_model():
+    installed.openai_clip()
+    spec = peers.Spec(workload.random_weights(TINY), TINY, torch.float32)
+    first = openai.shared(spec)
+    assert openai.shared(spec._replace(architecture={})) is first
+    assert openai.shared(spec._replace(dtype=torch.bfloat16)) is not first
+    assert openai.shared(spec._replace(weights=dict(spec.weights))) is not first
+
+
+def test_ceilings_are_measured_and_plausible(monkeypatch):
+    found = ceilings.measure(torch.device("cpu"), ["float32", "bfloat16"], quick=True)
+    assert set(found) == {"copy", "float32", "bfloat16"} and min(found.values()) > 1e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_gradient_is_seen(dtype):
+    installed.openai_clip(), installed.open_clip()
+    weights = workload.random_weights(TINY)
+    data = workload.inputs(TINY, 4, workload.Captions(8, 24))
+    batch = peers.Batch(data["image"], data["text"])
+    loss, exact = training.exact_gradients(weights, batch)
+    found, missing = training.trainers(peers.Spec(weights, TINY, dtype), ["openai-clip"])
+    trainer = found["openai-clip"]
+    assert not missing and training.errors(trainer, batch, loss, exact)[1] == ""
+    doubled = trainer._replace(loss=lambda *args: 2 * trainer.loss(*args))
+    assert "gradient of" in training.errors(doubled, batch, loss, exact)[1]
+    before = trainer.model.text_projection.detach().clone()
+    trainer.step(batch)
+    assert not torch.equal(before, trainer.model.text_projection)
+
+
+def test_start_is_measured_in_a_process_of_its_own(monkeypatch):
+    tiny = f"from clipfast.bench import start, workload\nARCHITECTURES['tiny'] = {TINY!r}\n"
+    monkeypatch.setattr(start, "CHILD", start.CHILD.replace("from clipfast.bench import start\n", tiny))
+    row = start.measure("clipfast", "tiny", "float32", torch.device("cpu"), workload.Captions(8, 24))
+    assert row["status"] == "ok", row
+    assert row["second_image_s"] > 0 and row["first_text_s"] > 0 and 0 < row["import_s"] < 30
+    assert set(row) <= set(run.START_COLUMNS)
+    if sys.platform == "linux":
+        assert row["peak_bytes"] > row["base_bytes"] > 1 << 20
+    wrong = start.measure("nobody", "tiny", "float32", torch.device("cpu"), workload.Captions(8, 24))
+    assert wrong["status"] == "failed" and "nobody" in wrong["note"]
+
+
+def test_importing_clipfast_brings_nothing_slow():
+    slow = (
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+        "triton",
+        "matplotlib",
+        "transformers",
+        "torchvision",
+        "tqdm.auto",
+    )
+    code = "import sys, torch; old = set(sys.modules); import clipfast; print(*sorted(set(sys.modules) - old))"
+    # Triton's interpreter, which the tests run under, imports Triton
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=plain)
+    found = done.stdout.split()
+    assert "clipfast.model" in found
+    assert not [name for name in found if name.startswith(slow)]
+    assert not [name for name in found if name.startswith(("clipfast.bench", "clipfast.profiling", "clipfast.demo"))]
