@@ -29,7 +29,7 @@ demo: $(DEMO) ## see clipfast work on real photographs
 
 test: $(TEST) ## lint, then the whole test suite
 	$(PY) -m ruff check .
-	$(PY) -m pytest --durations=10
+	$(PY) -m pytest -n auto --maxprocesses=4 --durations=10
 
 lint: $(TEST) ## ruff and mypy
 	$(PY) -m ruff check .

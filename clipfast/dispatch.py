@@ -234,8 +234,11 @@ def decide(operator: str, forced: str | None, call: Call) -> Decision:
         for known in _BACKENDS
         if operator in known.has and not (call.grad and operator in known.without_gradients)
     }
-    gradients = " with gradients" * call.grad
-    reasons = {name: f"does not have this operator{gradients}" for name in NAMES if name not in able}
+    reasons = {
+        known.name: "does not have this operator" + " with gradients" * (operator in known.has)
+        for known in _BACKENDS
+        if known.name not in able
+    }
     reasons |= {name: reason for name, known in able.items() if (reason := known.refuses(operator, call))}
     if forced in able and forced in reasons:
         raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reasons[forced]}")

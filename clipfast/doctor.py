@@ -83,8 +83,8 @@ def _backends(device: str) -> str:
     found = {use: explain(device, dtype, grad=grad) for use, dtype, grad in _USES}
     operators = [name for name, *_ in next(iter(found.values()))]
     chosen = {(use, name): decision.backend for use, rows in found.items() for name, _, _, decision in rows}
-    lines = [f"Backends on {device}", f"  {'':<16}" + "".join(f"{use:<12}" for use in found)]
-    lines += [f"  {name:<16}" + "".join(f"{chosen[use, name]:<12}" for use in found) for name in operators]
+    lines = [f"Backends on {device}", f"  {'':<18}" + "".join(f"{use:<12}" for use in found)]
+    lines += [f"  {name:<18}" + "".join(f"{chosen[use, name]:<12}" for use in found) for name in operators]
     return "\n".join([*(line.rstrip() for line in lines), "  Why not another:", *_reasons(found)])
 
 

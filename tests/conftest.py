@@ -34,8 +34,10 @@ hypothesis.settings.register_profile("local", **_COMMON)
 hypothesis.settings.register_profile("ci", derandomize=True, database=None, print_blob=True, **_COMMON)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-# Enough to run the threaded paths, few enough that results do not depend on how wide the machine is.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Enough to run the threaded paths, few enough that results do not depend on how wide the machine is. Each of several
+# workers (pytest-xdist) has a core: two pools of threads on one would wait for each other.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, torch.get_num_threads() // _WORKERS)))
 
 
 @pytest.fixture(autouse=True)

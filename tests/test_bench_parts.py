@@ -68,7 +68,8 @@ def test_a_wrong_gradient_is_seen(dtype):
 
 
 def test_start_is_measured_in_a_process_of_its_own(monkeypatch):
-    tiny = f"from clipfast.bench import start, workload\nARCHITECTURES['tiny'] = {TINY!r}\n"
+    tiny = "from clipfast.architectures import ARCHITECTURES\nfrom clipfast.bench import start\n"
+    tiny += f"ARCHITECTURES['tiny'] = {TINY!r}\n"
     monkeypatch.setattr(start, "CHILD", start.CHILD.replace("from clipfast.bench import start\n", tiny))
     row = start.measure("clipfast", "tiny", "float32", torch.device("cpu"), workload.Captions(8, 24))
     assert row["status"] == "ok", row

@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import clipfast
+from benchmarks.errors import WITH_GRADIENTS, gradients
 from benchmarks.gpu import operators, sanitizer
 from benchmarks.gpu import problems as make
 from benchmarks.gpu.jobs import Job
@@ -29,11 +30,19 @@ from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import harness, workload
 from clipfast.bench.budget import Budget
 from clipfast.kernels import native
+from tests.accuracy import assert_accurate
+from tests.op_cases import Case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # around every tile's size, and CLIP's own: images 50, 197, 257, 577, text 1 to 77
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 50, 63, 64, 65, 77, 96, 127, 128, 129, 145, 192, 193, 197, 208, 257, 320, 577)
-TESTS = ("tests/kernels", "tests/test_ops.py", "tests/test_native.py", "tests/test_graphs.py")
+TESTS = (
+    "tests/kernels",
+    "tests/test_ops.py",
+    "tests/test_gradients.py",
+    "tests/test_native.py",
+    "tests/test_graphs.py",
+)
 
 
 class Check(NamedTuple):
@@ -47,11 +56,13 @@ def checks(device: torch.device, *, dry: bool = False) -> Iterator[Check]:
     """Those most likely to find something first: whole operators, then single configurations."""
     if dry:
         yield from _of_problems(_tiny(device))
+        yield from _of_gradients(_for_gradients(Maker(device, torch.bfloat16), (7,), (7,), (((64, 32), 32, 64),)))
         return
     makers = {dtype: Maker(device, dtype) for dtype in DTYPES}
     yield from _graphs(device)
     for m in makers.values():
         yield from _of_problems(_at_real_shapes(m))
+        yield from _of_gradients(_for_gradients(m))
         yield from _linear_configurations(m)
         yield from _of_problems(_attention_lengths(m))
         yield from _native(m)
@@ -75,6 +86,44 @@ def _check(problem: Problem) -> None:
     make.check(results[0], case, None if problem.operator == "attention_pool" else case.peer()[0], what=problem.title())
     if problem.operator == "layer_norm" and len(results) > 1:
         assert torch.equal(results[1], case.peer()[1]), f"{problem.title()}: the sum is another one than PyTorch's"
+
+
+def _of_gradients(problems: Iterator[Problem]) -> Iterator[Check]:
+    for problem in problems:
+        if problem.operator in WITH_GRADIENTS:
+            name = f"gradients of {problem.title()}"
+            yield Check(name, problem.operator, problem.dtype, lambda problem=problem: _check_gradients(problem))
+
+
+def _check_gradients(problem: Problem) -> None:
+    """Of every floating argument but images, all of each, by the rule of tests/accuracy.py."""
+    case = problem.make()
+    with clipfast.backend("triton"), poisoned():
+        ours = gradients(case, Case.ours)
+    exact = gradients(case.map(lambda x: x.double()), Case.exact)
+    for i, tensors in enumerate(zip(ours, gradients(case, Case.peer), exact, strict=True)):
+        assert_accurate(*tensors, what=f"gradient {i} of {problem.title()}")
+
+
+def _for_gradients(
+    m: Maker,
+    several: Sequence[int] = (1, 7, 64, 500, 1600),
+    lengths: Sequence[int] = (1, 7, 16, 33, 50, 77, 128, 129, 197, 257, 577),
+    images: Sequence[tuple] = (((224, 256), 32, 768), ((224, 224), 16, 768), ((70, 42), 14, 320)),
+) -> Iterator[Problem]:
+    """Each kernel and each size of tile, few rows and many."""
+    for rows in several:
+        yield make.layer_norm("", rows, 768, rows, m)
+        yield make.linear("", rows, 768, 768, rows, m, None, True)
+        yield make.mlp("", rows, 512, rows, m)
+        yield make.project("", rows, 768, 512, m)
+    for causal in (False, True):
+        for length in lengths:
+            yield make.attention("", [length] * 3, 3, m, causal=causal)
+        yield make.attention("", [50, 1, 3, 77, 0, 16], 5, m, causal=causal)
+    for size, patch, width in images:
+        for uint8 in (False, True):
+            yield make.patch_embed("", 3, size, patch, width, m, uint8=uint8)
 
 
 @contextlib.contextmanager

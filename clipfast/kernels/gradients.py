@@ -8,6 +8,7 @@ Gradients are summed in a fixed order. Differentiating a gradient runs `clipfast
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,8 +44,9 @@ def autocast_to(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    device = x.device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def differentiably(
