@@ -10,6 +10,7 @@ import clipfast
 from clipfast import dispatch, ops, tuning
 
 from .clips import VIT, make_images, make_pair, make_texts
+from .op_cases import SMALL
 
 ALL = ("cuda", "triton", "onednn", "torch", "reference")
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
@@ -223,6 +224,19 @@ def test_what_the_triton_kernels_refuse(facts, reason):
     assert backend == "torch" and reason in why
     with pytest.raises(RuntimeError, match=f"'triton' cannot run .*{reason}"):
         _decide(forced="triton", **facts)
+
+
+@pytest.mark.parametrize("operator", ["linear", "mlp", "attention_pool", "project", "logits"])
+def test_the_triton_kernels_see_operands_that_differ(operator):
+    """Each floating matrix of a call in another dtype than its rows; float32 norms, scales and biases are no operands."""
+    case = SMALL[operator].map(lambda x: x.bfloat16())
+    for place, wide in enumerate(case.arguments):
+        if isinstance(wide, torch.Tensor) and wide.ndim == 2:
+            mixed = [*case.arguments]
+            mixed[place] = wide.float()
+            options = {k: v for k, v in case.options.items() if k != "residual"}
+            with torch.no_grad(), clipfast.backend("triton"), pytest.raises(RuntimeError, match="differ in dtype"):
+                getattr(ops, operator)(*mixed, **options)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
