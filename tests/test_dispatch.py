@@ -228,7 +228,7 @@ def test_what_the_triton_kernels_refuse(facts, reason):
 
 @pytest.mark.parametrize("operator", ["linear", "mlp", "attention_pool", "project", "logits"])
 def test_the_triton_kernels_see_operands_that_differ(operator):
-    """Each floating matrix of a call in another dtype than its rows; float32 norms, scales and biases are no operands."""
+    """Each floating matrix of a call in another dtype than its rows; norms, scales and biases are no operands."""
     case = SMALL[operator].map(lambda x: x.bfloat16())
     for place, wide in enumerate(case.arguments):
         if isinstance(wide, torch.Tensor) and wide.ndim == 2:
