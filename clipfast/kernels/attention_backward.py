@@ -17,12 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipfast import tuning
 from clipfast.kernels import attention as forward
 from clipfast.kernels import attention_backward_stream as stream
-from clipfast.kernels import attention_plan, eager, library, linear
+from clipfast.kernels import attention_plan, gradients, library, linear
 from clipfast.kernels.attention import LOG2_E, _load_rows, _store_rows
 from clipfast.kernels.attention_backward_stream import _delta, _load_statistic, _weights
 from clipfast.packing import Rows
@@ -162,10 +161,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         qkv, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # a gradient of the gradient is wanted (create_graph=True): PyTorch's plain attention has one
-            with sdpa_kernel(SDPBackend.MATH):
-                again = eager.attention(qkv, ctx.rows, ctx.causal, ctx.scale)
-            (grad,) = torch.autograd.grad(again, qkv, grad_out, create_graph=True)
+            grad = gradients.attention_differentiably(qkv, ctx.rows, ctx.causal, ctx.scale, grad_out)
         else:
             grad = attention_bwd(grad_out, qkv, out, lse, ctx.rows, ctx.causal, ctx.scale, ctx.tf32)
         return grad, None, None, None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipfast.kernels import eager, gradients
 from clipfast.packing import Rows
@@ -96,11 +96,7 @@ class _Attention(torch.autograd.Function):
         qkv, cast, out, *sums = ctx.saved_tensors
         causal, scale = ctx.causal, ctx.scale
         if torch.is_grad_enabled():
-            with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused ones have no second derivative
-                again = gradients.differentiably(
-                    lambda x: eager.attention(x, ctx.rows, causal, scale), (True,), grad, qkv
-                )
-            return *again, None, None, None
+            return gradients.attention_differentiably(qkv, ctx.rows, causal, scale, grad), None, None, None
         dqkv = torch.empty_like(cast, memory_format=torch.contiguous_format)
         with gradients.no_autocast(qkv):
             grads = _runs(dqkv, ctx.rows, grad.to(cast.dtype).view_as(out))
@@ -161,13 +157,6 @@ def _half_bwd(
 # The operators
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """As `clipfast.ops.layer_norm`."""
-    return gradients.layer_norm(PRIMITIVES, x, weight, bias, eps, residual)
-
-
 def mlp(x: Tensor, *rest: Any) -> Tensor:
     """As `clipfast.ops.mlp`."""
     few = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() < eager.ENOUGH_ROWS * x.shape[-1]
@@ -180,4 +169,4 @@ def attention(qkv: Tensor, rows: Rows, causal: bool, scale: float | None) -> Ten
     return _Attention.apply(qkv, rows, causal, scale) if on_cpu else eager.attention(qkv, rows, causal, scale)
 
 
-OPERATORS = {"layer_norm": layer_norm, "mlp": mlp, "attention": attention}
+OPERATORS = {"layer_norm": functools.partial(gradients.layer_norm, PRIMITIVES), "mlp": mlp, "attention": attention}

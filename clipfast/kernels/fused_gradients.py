@@ -5,6 +5,7 @@ Not yet run on a GPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,11 +55,7 @@ def _contract_bwd(grad: Tensor, weight: Tensor, pre: Tensor, activation: str) ->
 PRIMITIVES = gradients.Primitives(_layer_norm, _layer_norm_bwd, _expand, _contract, _contract_bwd, lambda activation: 1)
 
 
-def norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """As `clipfast.ops.layer_norm`."""
-    return gradients.layer_norm(PRIMITIVES, x, weight, bias, eps, residual)
+norm = functools.partial(gradients.layer_norm, PRIMITIVES)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
@@ -68,28 +65,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     return gradients.linear(PRIMITIVES, x, weight, bias, residual)
 
 
-def mlp(x: Tensor, *rest: Any) -> Tensor:
-    """As `clipfast.ops.mlp`."""
-    return gradients.mlp(PRIMITIVES, x, *rest)
-
-
-def patch_embed(
-    images: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    positional_embedding: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> Tensor:
+def patch_embed(images: Tensor, *rest: Any) -> Tensor:
     """As `clipfast.ops.patch_embed`."""
-    arguments = (weight, class_embedding, positional_embedding, mean, std)
+    *embedding, norm_weight, norm_bias, eps = rest
     if images.requires_grad:
-        return eager.patch_embed(images, *arguments, norm_weight, norm_bias, eps)
-    tokens = patch_embed_gradients.patch_tokens(images, *arguments)
-    return tokens if norm_weight is None else gradients.layer_norm(PRIMITIVES, tokens, norm_weight, norm_bias, eps)
+        return eager.patch_embed(images, *rest)
+    tokens = patch_embed_gradients.patch_tokens(images, *embedding)
+    return tokens if norm_weight is None else norm(tokens, norm_weight, norm_bias, eps)
 
 
 def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float) -> Tensor:
@@ -100,7 +82,7 @@ def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tenso
 OPERATORS: dict[str, Callable[..., Any]] = {
     "layer_norm": norm,
     "linear": product,
-    "mlp": mlp,
+    "mlp": functools.partial(gradients.mlp, PRIMITIVES),
     "attention": attention_backward.attention,
     "patch_embed": patch_embed,
     "project": project,

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipfast.kernels import eager
+from clipfast.packing import Rows
 
 
 class Primitives(NamedTuple):
@@ -63,6 +65,14 @@ def differentiably(
     return gradients
 
 
+def attention_differentiably(qkv: Tensor, rows: Rows, causal: bool, scale: float | None, grad: Tensor) -> Tensor:
+    """The gradient of attention, differentiable again: PyTorch's fused ones have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        (again,) = differentiably(lambda x: eager.attention(x, rows, causal, scale), (True,), grad, qkv)
+    assert again is not None
+    return again
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LayerNorm
 
@@ -108,18 +118,19 @@ class _Linear(torch.autograd.Function):
         cast, fc, fc_bias = autocast_to(x, x.reshape(-1, x.shape[-1]), weight, bias)
         with no_autocast(x):
             y = backend.contract(cast, fc, fc_bias, "none", residual.reshape(-1, len(weight)))
-        ctx.save_for_backward(x, weight, bias, residual.detach()[:0], fc)
+        ctx.save_for_backward(x, weight, bias, fc)
+        ctx.residual_dtype = residual.dtype
         return y.view(residual.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, fc = ctx.saved_tensors
+        x, weight, bias, fc = ctx.saved_tensors
         _, x_wanted, weight_wanted, bias_wanted, _ = ctx.needs_input_grad
         dx = dweight = dbias = None
         if torch.is_grad_enabled():
             needed = (x_wanted, weight_wanted, bias_wanted)
             again = differentiably(lambda x, w, b: eager.linear(x, w, b, None, None), needed, grad, x, weight, bias)
-            return None, *again, grad.to(residual.dtype)
+            return None, *again, grad.to(ctx.residual_dtype)
         with no_autocast(x):
             rows, products = x.reshape(-1, x.shape[-1]).to(fc.dtype), grad.reshape(-1, grad.shape[-1]).to(fc.dtype)
             if x_wanted:
@@ -128,7 +139,7 @@ class _Linear(torch.autograd.Function):
                 dweight = (products.t() @ rows).to(weight.dtype)
             if bias_wanted:
                 dbias = _column_sums(products, bias.dtype)
-        return None, dx, dweight, dbias, grad.to(residual.dtype)
+        return None, dx, dweight, dbias, grad.to(ctx.residual_dtype)
 
 
 def linear(backend: Primitives, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
