@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import tempfile
@@ -82,6 +83,8 @@ def wrong_calls(rank, world_size):
 def _work(rank, world_size, folder):
     torch.set_num_threads(1)
     tuning.loss_side = lambda device: 4
+    # open_clip's: imported within the group, its defaults would keep the group's threads past the end
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
     torch.save((everything(rank, world_size), wrong_calls(rank, world_size)), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import traceback
 from collections.abc import Iterator
@@ -74,6 +75,9 @@ def processes(device: str | None) -> Iterator[Processes]:
     on = pick_device(f"cuda:{local}" if device != "cpu" and torch.cuda.is_available() else device)
     if on.type == "cuda":
         torch.cuda.set_device(on)
+    # its functions take the group there is when they are defined as a default: defined later, as by the wrapper, they
+    # keep its threads past its end, and an interpreter that leaves under them aborts now and then (torch 2.13)
+    importlib.import_module("torch.distributed.nn")
     distributed.init_process_group("nccl" if on.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(on, distributed.get_rank(), world)
