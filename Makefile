@@ -35,7 +35,7 @@ lint: $(TEST) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(BENCH) ## time whole models against openai/CLIP and the other peers, in nine minutes   ARGS="--models RN50"
+bench: $(BENCH) ## time whole models against openai/CLIP and the other peers, in ten minutes   ARGS="--models RN50"
 	$(VENV)/bin/clipfast bench $(ARGS)
 
 readme: $(TEST) ## write the README's tables from benchmarks/results, and draw their pictures

@@ -35,7 +35,7 @@ def total(chosen, known):
     named = {peer.name: peer for peer in everybody()}
     found = 0.0
     for group, names in chosen.items():
-        calls = 1 + plan.rounds_of(group, everybody(), known, ROUNDS)
+        calls = plan.calls_of(group, everybody(), known, ROUNDS).all
         found += sum(known.prepare(group, named[n]) + calls * known.call(group, n) for n in names)
     return found
 
@@ -80,12 +80,71 @@ def test_rounds_are_fewer_where_they_are_slow():
     known, group = costs(), groups(8)[0]
     for peer in everybody():
         known.learn(group, peer.name, 1.0)
-    assert plan.rounds_of(group, everybody(), known, plan.Rounds(15, 1, 40.0)) == 10
-    assert plan.rounds_of(group, everybody(), known, plan.Rounds(15, 1, 1.0)) == plan.LEAST_ROUNDS
-    assert plan.rounds_of(group, everybody(), known, plan.Rounds(15, 1, 1e9)) == 15
-    assert plan.rounds_of(group, everybody(), known, plan.Rounds(2, 1, 1.0)) == 2
-    one = group._replace(batch=1)
-    assert plan.rounds_of(one, everybody(), known, ROUNDS._replace(share=ENDLESS)) == 100
+
+    def rounds(most, share, group=group):
+        return plan.calls_of(group, everybody(), known, plan.Rounds(*most, share)).rounds
+
+    assert rounds((15, 1), 40.0) == 10
+    assert rounds((15, 1), 1.0) == plan.LEAST_ROUNDS
+    assert rounds((15, 1), 1e9) == 15
+    assert rounds((2, 1), 1.0) == 2
+    assert rounds((15, 100), ENDLESS, group._replace(batch=1)) == 100
+
+
+@pytest.mark.parametrize(
+    ("seconds", "least", "check_counts"), [(0.2, 3, False), (1.0, 3, True), (2.0, 2, True), (9.0, 1, True)]
+)
+def test_the_slower_the_fewer_calls_at_the_least(seconds, least, check_counts):
+    known, group = costs(), groups(32)[0]
+    for peer in everybody():
+        known.learn(group, peer.name, seconds)
+    found = plan.calls_of(group, everybody(), known, ROUNDS._replace(share=0.0))
+    assert found == (least, least, check_counts)
+    assert found.all == least + (not check_counts)
+
+
+def test_a_compiler_has_one_row_of_each_model_and_dtype_before_it_has_two():
+    known, found = costs(), [group for group in groups(1, 8, 32) if group.model == "tiny"]
+    found += [group._replace(dtype="bfloat16") for group in found]
+    compiler = everybody()[-1].name
+    for seconds in range(0, 400, 4):
+        chosen = plan.choose(found, everybody(), known, ROUNDS._replace(share=0.0), seconds)
+        rows = [group for group, names in chosen.items() if compiler in names]
+        if rows:
+            assert all(len(names) >= 4 for names in chosen.values()), "before everybody who needs no preparation"
+        if len(rows) == 2:
+            assert {group.dtype for group in rows} == {"float32", "bfloat16"}
+        if len(rows) == 4:
+            assert len({(group.dtype, group.tower) for group in rows}) == 4
+            assert all(group.batch == 32 for group in rows)
+
+
+def test_where_calls_are_slow_the_check_is_the_first_round():
+    order = []
+    calls = {name: functools.partial(order.append, name) for name in "abc"}
+    rows = {name: {} for name in calls}
+    contest.time_accepted(calls, rows, 2, checked={"a": 30.0, "b": 31.0})
+    # c compiled in the check
+    assert "".join(order) == "c" + "abc"
+    assert [row["rounds"] for row in rows.values()] == [2, 2, 2]
+    assert rows["a"]["seconds"].startswith("30 ") and rows["b"]["seconds"].startswith("31 ")
+
+    order.clear()
+    contest.time_accepted(calls, rows, 1, checked={"a": 30.0, "b": 31.0})
+    assert "".join(order) == "c"
+    assert (rows["a"]["median_s"], rows["a"]["warning"]) == (30.0, "only 1 round")
+    assert rows["c"]["status"] == "ok" and rows["c"]["rounds"] == 1
+
+
+def test_who_fails_after_a_slow_check_keeps_no_time():
+    def fails():
+        raise MemoryError("bad_alloc")
+
+    rows = {"a": {}, "b": {}, "c": {}}
+    contest.time_accepted({"a": int, "b": fails, "c": fails}, rows, 3, checked={"a": 30.0, "b": 31.0})
+    assert rows["a"]["rounds"] == 3
+    assert rows["b"]["status"] == rows["c"]["status"] == "out of memory"
+    assert "median_s" not in rows["b"]
 
 
 def test_rounds_stop_when_time_is_up_but_never_below_the_least():

@@ -103,14 +103,14 @@ def time_rounds(
 ) -> dict[str, str]:
     """Time every function in interleaved rounds; the order rotates from round to round.
 
-    seconds: filled as rounds finish, so that an interrupted run keeps those it has.
+    seconds: filled as rounds finish, behind what it has, so that an interrupted run keeps those it has.
     tick:    called with the number of rounds just finished.
     warmup:  untimed rounds before the first.
     least, left: after `least` rounds no more start once left(), in seconds, is 0.
     Returns: name -> why, of functions that raised; the others go on without them.
     """
     functions = {name: _named(name, function) for name, function in functions.items()}
-    seconds.update({name: [] for name in functions})
+    seconds.update({name: seconds.get(name, []) for name in functions})
     failed: dict[str, str] = {}
     done = 0
     while done < rounds and functions and (done < least or left() > 0):

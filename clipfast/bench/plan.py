@@ -15,6 +15,8 @@ from clipfast.bench.peers import OPENAI, OURS, Peer
 
 # rounds that a median needs at the least; fewer than FEW are pointed out in the row
 LEAST_ROUNDS, FEW = 3, 5
+# seconds that they may take, or there are fewer; and of a round beyond which the check is the first of them
+LEAST_SECONDS, QUICK_ROUND = 20.0, 2.0
 # of a machine's best product, what a model that nobody has timed yet is supposed to reach
 FIRST_GUESS = 0.3
 # float64 on a CPU, as a share of the float32 ceiling
@@ -23,8 +25,8 @@ DOUBLE = 0.2
 BUILD = 4e-9
 # where a compiler is first asked: the largest batch of which a call takes less than this
 COMPILE_SECONDS = 3.0
-# how much longer than it takes a job must count: ours with openai-clip first, a compiler's further batch sizes last
-FIRST, LATER = 0.5, 3.0
+# as how much of its time a job counts: who needs no preparation first, then one row of a compiler, its others last
+FIRST, COMPILED, LATER = 0.25, 0.3, 4.0
 
 
 class Group(NamedTuple):
@@ -105,11 +107,25 @@ class Rounds(NamedTuple):
         return max(self.most, self.tail) if batch == 1 else self.most
 
 
-def rounds_of(group: Group, peers: Iterable[Peer], costs: Costs, rounds: Rounds) -> int:
-    """As many as fit into the seconds with everybody who needs no preparation, from 3 to the most."""
+class Calls(NamedTuple):
+    """Of each contestant of a group.   least: rounds that are made even if they are late."""
+
+    rounds: int
+    least: int
+    check_counts: bool  # the check is the first round
+
+    @property
+    def all(self) -> int:
+        return self.rounds + (not self.check_counts)
+
+
+def calls_of(group: Group, peers: Iterable[Peer], costs: Costs, rounds: Rounds) -> Calls:
+    """As many rounds as fit into the seconds with everybody who needs no preparation, from the least to the most."""
     one = sum(costs.call(group, peer.name) for peer in peers if not peer.prepares)
     most = rounds.at(group.batch)
-    return max(min(LEAST_ROUNDS, most), most if most * one <= rounds.share else int(rounds.share / one))
+    least = min(most, LEAST_ROUNDS if LEAST_ROUNDS * one <= LEAST_SECONDS else max(1, int(LEAST_SECONDS / one)))
+    fit = most if most * one <= rounds.share else int(rounds.share / one)
+    return Calls(max(least, fit), least, one > QUICK_ROUND)
 
 
 class Job(NamedTuple):
@@ -124,24 +140,29 @@ def jobs(groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: R
     """The first of each group is ours with openai-clip: a row that is compared with nobody says nothing."""
     for group in groups:
         able = [peer for peer in peers if group.dtype in peer.dtypes]
-        calls = 1 + rounds_of(group, able, costs, rounds)
+        calls = calls_of(group, able, costs, rounds).all
         first = tuple(peer for peer in able if peer.name in (OURS, OPENAI)) or tuple(able[:1])
         yield Job(group, first, calls * sum(costs.call(group, peer.name) for peer in first), FIRST, base=True)
         for peer in able:
             if peer in first:
                 continue
             seconds = costs.prepare(group, peer) + calls * costs.call(group, peer.name)
-            weight = peer.weight
-            if peer.prepares and not _asked_first(group, groups, peer, costs):
-                weight = LATER
-            yield Job(group, (peer,), seconds, weight)
+            yield Job(group, (peer,), seconds, _compiler_weight(group, groups, peer, costs) if peer.prepares else FIRST)
 
 
-def _asked_first(group: Group, groups: Sequence[Group], peer: Peer, costs: Costs) -> bool:
-    """Whether this is the batch size at which a compiler is asked before the others of the same tower."""
-    same = [other for other in groups if other._replace(batch=0) == group._replace(batch=0)]
-    quick = [other for other in same if costs.call(other, peer.name) <= COMPILE_SECONDS]
-    return group == max(quick, key=lambda other: other.batch, default=min(same, key=lambda other: other.batch))
+def _compiler_weight(group: Group, groups: Sequence[Group], peer: Peer, costs: Costs) -> float:
+    """One row of each model and dtype comes before the other tower's, and both before further batch sizes."""
+    same = [other for other in groups if other[:2] == group[:2]]
+    if group == _asked_first(same, peer, costs):
+        return peer.weight * COMPILED
+    same = [other for other in same if other.tower == group.tower]
+    return peer.weight if group == _asked_first(same, peer, costs) else peer.weight * LATER
+
+
+def _asked_first(groups: Sequence[Group], peer: Peer, costs: Costs) -> Group:
+    """The first of the largest batch of which a call is quick, or else of the smallest."""
+    quick = [group for group in groups if costs.call(group, peer.name) <= COMPILE_SECONDS]
+    return max(quick, key=lambda group: group.batch, default=min(groups, key=lambda group: group.batch))
 
 
 def choose(

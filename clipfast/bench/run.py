@@ -33,11 +33,11 @@ START_COLUMNS = (
     *("first_image_s", "second_image_s", "first_text_s", "second_text_s", "base_bytes", "peak_bytes", "note"),
 )
 # kept of the time for tables, plots and what a prediction is wrong by
-RESERVE = 0.06
+RESERVE = 0.03
 # the share of it after which no further contestant's start is measured
 START = 0.1
 # of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
-SHARE = 0.25
+SHARE = 0.12
 # how many times that it may take if the prediction was too low
 LATE = 2
 
@@ -146,8 +146,8 @@ class Run:
     def _left(self, group: Group) -> list[Group]:
         return self.groups[self.groups.index(group) :]
 
-    def _chosen(self, group: Group) -> tuple[list[str], int]:
-        """Who takes part in this group by the plan made now, and in how many rounds."""
+    def _chosen(self, group: Group) -> tuple[list[str], plan.Calls]:
+        """Who takes part in this group by the plan made now, and how often."""
         options, rest = self.options, self._left(group)
         named = [peer for peer in self.peers if peer.name not in self.missing]
         rounds = plan.Rounds(options.rounds, options.tail, SHARE * self.budget.left() / len(rest))
@@ -160,13 +160,13 @@ class Run:
         chosen = plan.choose(rest, named, self.costs, rounds, seconds)
         able = [peer for peer in named if peer.name in chosen[group]]
         self.bar.plan(max(0.0, min(self.budget.left(), self._predicted(chosen, rounds) + overhead)))
-        return chosen[group], plan.rounds_of(group, able, self.costs, rounds)
+        return chosen[group], plan.calls_of(group, able, self.costs, rounds)
 
     def _predicted(self, chosen: Mapping[Group, Sequence[str]], rounds: plan.Rounds) -> float:
         total = 0.0
         for group, names in chosen.items():
             able = [peer for peer in self.peers if peer.name in names]
-            calls = 1 + plan.rounds_of(group, able, self.costs, rounds)
+            calls = plan.calls_of(group, able, self.costs, rounds).all
             total += sum(self.costs.prepare(group, p) + calls * self.costs.call(group, p.name) for p in able)
         return total
 
@@ -187,7 +187,7 @@ class Run:
 
     def _group(self, group: Group, spec: peers.Spec, built: dict[str, peers.Prepare]) -> None:
         """Build, check, time, print and write one group; what was measured is kept when somebody interrupts."""
-        names, rounds = self._chosen(group)
+        names, calls = self._chosen(group)
         rows: dict[str, Row] = {}
         text = None
         short = contest.too_large(group, self.device)
@@ -200,9 +200,9 @@ class Run:
                 if group.tower == "train":
                     from clipfast.bench import training
 
-                    training.compare(self, group, spec, batch, names, rounds, rows)
+                    training.compare(self, group, spec, batch, names, calls, rows)
                 else:
-                    self._compare(group, spec, batch, names, rounds, built, rows)
+                    self._compare(group, spec, batch, names, calls, built, rows)
         except (MemoryError, RuntimeError) as error:  # the inputs themselves do not fit
             rows |= {name: contest.failure(error) for name in names if name not in rows}
         finally:
@@ -253,7 +253,7 @@ class Run:
         spec: peers.Spec,
         batch: peers.Batch,
         names: Sequence[str],
-        rounds: int,
+        calls: plan.Calls,
         built: dict[str, peers.Prepare],
         rows: dict[str, Row],
     ) -> None:
@@ -261,10 +261,12 @@ class Run:
         self.bar.say(f"{group.title()}: float64 reference")
         truth = self.exact.truth(group, spec, batch)
         by_name = {peer.name: peer for peer in self.peers}
-        first: dict[str, float] = {}  # peer -> seconds of the first call of each of its contestants
+        alone: dict[str, float] = {}  # contestant -> seconds of its first call
+        first: dict[str, float] = {}  # peer -> the same of all its contestants
 
         def seen(name: str, seconds: float) -> None:
             self.bar.say(f"{group.title()}: {name} checked")
+            alone[name] = seconds
             peer = by_name[entries[name].peer]
             first[peer.name] = first.get(peer.name, 0.0) + seconds
             if peer.prepares:
@@ -278,18 +280,18 @@ class Run:
             # a first call is slower than the next: still the better prediction where it was the shorter one
             if not by_name[name].prepares and seconds < self.costs.call(group, name):
                 self.costs.learn(group, name, seconds)
-        rounds = max(rounds, plan.rounds_of(group, [by_name[name] for name in first], self.costs, self.rounds))
-        one = sum(self.costs.call(group, name) for name in names)
+        again = plan.calls_of(group, [by_name[name] for name in first], self.costs, self.rounds)
+        eager = {name: seconds for name, seconds in alone.items() if not by_name[entries[name].peer].prepares}
         try:
             contest.time_accepted(
                 accepted,
                 rows,
-                rounds,
+                max(calls.rounds, again.rounds),
                 tick=lambda done: self.bar.say(f"{group.title()}: rounds"),
-                least=plan.LEAST_ROUNDS,
+                least=again.least,
                 # a prediction may have been far too low
                 left=self.budget.part(LATE * self.rounds.share).left,
-                slow=one > contest.QUICK_ROUND,
+                checked=eager if again.check_counts else None,
                 approximate=approximate,
             )
         finally:

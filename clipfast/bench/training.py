@@ -165,7 +165,7 @@ def errors(trainer: Trainer, batch: Batch, loss: float, exact: Mapping[str, Tens
 
 
 def compare(
-    run: Run, group: plan.Group, spec: Spec, batch: Batch, names: Sequence[str], rounds: int, rows: dict[str, Row]
+    run: Run, group: plan.Group, spec: Spec, batch: Batch, names: Sequence[str], calls: plan.Calls, rows: dict[str, Row]
 ) -> None:
     """Check gradients, then time whole steps; rows get what is found."""
     found, missing = trainers(spec, names)
@@ -185,7 +185,7 @@ def compare(
         rows[name]["version"] = peers.version(peers.known()[name])
         if not wrong:
             accepted[name] = functools.partial(trainer.step, batch)
-    contest.time_accepted(accepted, rows, rounds, least=plan.LEAST_ROUNDS, left=run.budget.left)
+    contest.time_accepted(accepted, rows, calls.rounds, least=calls.least, left=run.budget.left)
     for name in accepted:
         if "median_s" in rows[name]:
             run.costs.learn(group, name, rows[name]["median_s"])

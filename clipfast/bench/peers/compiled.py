@@ -60,7 +60,7 @@ def _tensorrt(spec: Spec) -> Prepare:
 AUTOTUNED = f"{NAME} max-autotune, cpu"
 TENSORRT = f"{OPENAI} TensorRT"
 PEERS = (
-    Peer(NAME, "torch", _inductor, prepares=1.5, weight=0.3),
+    Peer(NAME, "torch", _inductor, prepares=1.5),
     Peer(AUTOTUNED, "torch", _max_autotune, prepares=20.0, devices=("cpu",), usual=False),
     Peer(TENSORRT, "torch-tensorrt", _tensorrt, prepares=5.0, devices=("cuda",)),
 )

@@ -106,9 +106,9 @@ PEERS = (
         "onnxruntime",
         functools.partial(build, int8=False),
         prepares=1.0,
-        weight=0.7,
+        weight=8.0,
         devices=("cpu",),
         dtypes=("float32",),
     ),
-    Peer(INT8, "onnxruntime", functools.partial(build, int8=True), True, 1.5, devices=("cpu",), dtypes=("float32",)),
+    Peer(INT8, "onnxruntime", functools.partial(build, int8=True), True, 1.5, 9.0, ("cpu",), ("float32",)),
 )

@@ -44,4 +44,4 @@ def build(spec: Spec) -> Prepare:
     return prepare
 
 
-PEER = Peer(NAME, "openvino", build, prepares=0.6, weight=0.7, devices=("cpu",), dtypes=("float32", "bfloat16"))
+PEER = Peer(NAME, "openvino", build, prepares=0.6, weight=8.0, devices=("cpu",), dtypes=("float32", "bfloat16"))
