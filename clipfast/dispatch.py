@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -206,6 +206,14 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def prepack(weights: Iterable[Tensor], enable: bool = True) -> None:
+    """Let backends keep these weights [N, K] in a layout of their own between calls, or no longer.
+
+    Raises: ValueError for a weight made in inference mode.
+    """
+    (onednn.keep if enable else onednn.forget)(weights)
 
 
 def forced() -> str | None:

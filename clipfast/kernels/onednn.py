@@ -2,19 +2,21 @@
 
 On an AVX-512 CPU that is not Intel's, MKL's float32 product runs at AVX2 speed: 190 against 430 GFLOP/s here (AMD EPYC,
 Zen 5, two cores, torch 2.13, 2026-11; `python -m benchmarks.linear`). The weights stay the parameters themselves:
-nothing is folded or packed ahead, so an edit of any kind, even through `.data`, is seen by the next call. Packing ahead
-would gain 5 % at 1,600 rows and 25 % at 50.
+nothing is folded or packed ahead, so an edit of any kind, even through `.data`, is seen by the next call. `keep` gives
+that up for the weights it is called with, whose layout stays from call to call.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from clipfast.kernels import eager
 
@@ -42,23 +44,88 @@ def missing() -> str | None:
     return None
 
 
+class Layout(NamedTuple):
+    """A weight as products read it: [N, K] in parts of `step` terms."""
+
+    step: int
+    parts: list[Tensor]
+
+
+def _reordered(part: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(part, BLOCK)
+
+
+def _layout(weight: Tensor, rows: int | None) -> Layout:
+    """weight: [N, K], float32 or bfloat16.   rows: of the one product it is for; None: it is kept for any."""
+    # a strided weight would take oneDNN's reference reorder, a thousand times slower than a copy
+    weight = weight.contiguous()
+    terms = weight.shape[1]
+    cut = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    n_parts = -(-terms // (CHAIN_OF_FEW_ROWS if rows is not None and rows <= FEW_ROWS else CHAIN)) if cut else 1
+    step = terms if n_parts == 1 else -(-terms // (64 * n_parts)) * 64
+    parts = [part.contiguous() for part in weight.split(step, dim=1)]
+    if rows is None or (rows > BLOCK and n_parts > 1):
+        parts = [_reordered(part) for part in parts]
+    return Layout(step, parts)
+
+
+class _Kept:
+    """The layout of one weight, made at its first product and again when the weight is seen to be another."""
+
+    def __init__(self) -> None:
+        self.last: tuple[tuple, Layout] | None = None
+
+    def layout(self, weight: Tensor) -> Layout:
+        now = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, torch.get_float32_matmul_precision())
+        last = self.last
+        if last is None or last[0] != now:
+            self.last = last = (now, _layout(weight.float() if weight.dtype == torch.float16 else weight, None))
+        return last[1]
+
+
+# by the parameter itself, and gone with it
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _stepped(optimiser: Optimizer, *_: Any) -> None:
+    """PyTorch does not count what its fused optimisers change (torch 2.13)."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            if (kept := _kept.get(parameter)) is not None:
+                kept.last = None
+
+
+_watch_optimisers = functools.cache(functools.partial(register_optimizer_step_post_hook, _stepped))
+
+
+def keep(weights: Iterable[Tensor]) -> None:
+    """Keep the layout of these weights [N, K] from now on, in memory of its own: as much again as the weights.
+
+    Optimisers and every edit that PyTorch counts (copy_, load_state_dict, another tensor as `.data`) are followed. One
+    in place through `.data`, or through NumPy, is not, until this is called again.
+    Raises: ValueError for a weight made in inference mode, whose edits PyTorch does not count.
+    """
+    weights = list(weights)
+    if any(weight.is_inference() for weight in weights):
+        raise ValueError("weights made in inference mode cannot be kept packed: PyTorch does not count their edits")
+    _watch_optimisers()
+    _kept.update({weight: _Kept() for weight in weights})
+
+
+def forget(weights: Iterable[Tensor]) -> None:
+    """Keep nothing of these weights."""
+    for weight in weights:
+        _kept.pop(weight, None)
+
+
 class Product:
-    """x @ weight.T + bias, the weight cut into chains (and laid out for oneDNN) for the length of one call."""
+    """x @ weight.T + bias, the weight cut into chains (and laid out for oneDNN) for one call, or kept so."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
-        # a strided weight would take oneDNN's reference reorder, a thousand times slower than a copy; a strided bias is
-        # read as if it were not
+        # a strided bias is read as if it were not
         self.bias = None if bias is None else bias.contiguous()
-        terms = weight.shape[1]
-        cut = weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        parts = -(-terms // (CHAIN if rows > FEW_ROWS else CHAIN_OF_FEW_ROWS)) if cut else 1
-        if parts == 1:
-            self.step, self.weights = terms, [weight.contiguous()]
-            return
-        self.step = -(-terms // (64 * parts)) * 64
-        self.weights = [part.contiguous() for part in weight.split(self.step, dim=1)]
-        if rows > BLOCK:
-            self.weights = [torch.ops.mkldnn._reorder_linear_weight(part, BLOCK) for part in self.weights]
+        kept: _Kept | None = _kept.get(weight) if _kept else None
+        self.step, self.weights = _layout(weight, rows) if kept is None else kept.layout(weight)
 
     def __call__(self, x: Tensor, post: str = "none", form: str = "", add: Tensor | None = None) -> Tensor:
         """x: [M, K].   post, form: oneDNN's name of the activation, fused.   add: [M, N], added instead of one."""
@@ -90,7 +157,9 @@ def _widened(position: int) -> Callable[[Operator], Operator]:
         def run(*arguments: Any) -> Tensor:
             if arguments[position].dtype != torch.float16:
                 return operator(*arguments)
-            halves = (isinstance(value, Tensor) and value.dtype == torch.float16 for value in arguments)
+            halves = (
+                isinstance(value, Tensor) and value.dtype == torch.float16 and value not in _kept for value in arguments
+            )
             wide = (value.float() if half else value for value, half in zip(arguments, halves, strict=True))
             return operator(*wide).half()
 
