@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 
+import clipfast
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import ceilings, contest, harness, peers, plan, tables, workload
 from clipfast.bench.peers import Missing, Peer
@@ -125,6 +126,14 @@ def test_both_towers_give_logits_that_are_checked(tmp_path):
     assert bench(tmp_path, "--peers", EAGER, "--towers", "both") == 0
     rows = rows_of(tmp_path)
     assert {row["status"] for row in rows} <= {"ok", "missing"} and len([r for r in rows if r["median_s"]]) >= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_ahead_is_a_contestant_of_its_own(dtype, tmp_path):
+    assert bench(tmp_path, "--peers", "clipfast,clipfast prepacked", dtypes=dtype) == 0
+    rows = [row for row in rows_of(tmp_path) if row["contestant"] == peers.PREPACKED]
+    assert [row["tower"] for row in rows] == ["image", "text"]
+    assert all(row["status"] == "ok" and row["version"] == clipfast.__version__ for row in rows)
 
 
 # ---- wrong is not timed ----

@@ -90,6 +90,15 @@ def test_only_the_section_is_replaced(tmp_path, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "a.csv" in text
 
 
+def test_a_loss_says_whether_packing_ahead_wins_it_back(tmp_path):
+    rows = [row("clipfast", 0.5), row("clipfast prepacked", 0.3), row("faster", 0.25), row("fast", 0.4)]
+    write(tmp_path, "a.csv", "2026-01-01", rows)
+    lines = report.markdown(report.read(tmp_path), "results").splitlines()
+    assert "| clipfast prepacked | 26.7 (0.60x) |" in lines
+    lost = "to fast (1.25x as fast; prepacked wins); in image float32 to faster (2x as fast; prepacked loses too)"
+    assert f"**clipfast loses** in image float32 {lost}." in lines
+
+
 @pytest.mark.parametrize("text", ["no marks", f"{report.END} {report.BEGIN}", f"{report.BEGIN}"])
 def test_a_readme_without_its_marks_is_left_alone(text, tmp_path, capsys):
     write(tmp_path, "a.csv", "2026-01-01", [row("clipfast", 1.0)])

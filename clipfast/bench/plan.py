@@ -147,7 +147,8 @@ def jobs(groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: R
             if peer in first:
                 continue
             seconds = costs.prepare(group, peer) + calls * costs.call(group, peer.name)
-            yield Job(group, (peer,), seconds, _compiler_weight(group, groups, peer, costs) if peer.prepares else FIRST)
+            weight = _compiler_weight(group, groups, peer, costs) if peer.prepares else FIRST * peer.weight
+            yield Job(group, (peer,), seconds, weight)
 
 
 def _compiler_weight(group: Group, groups: Sequence[Group], peer: Peer, costs: Costs) -> float:

@@ -161,7 +161,7 @@ def _columns(rows: Iterable[Row]) -> list[str]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    first = (peers.OURS, peers.OPENAI, "open_clip")
+    first = (peers.OURS, peers.PREPACKED, peers.OPENAI, "open_clip")
     return (first.index(name) if name in first else len(first), name)
 
 
@@ -181,10 +181,15 @@ def _cell(row: Row | None, ours: Mapping[str, str], name: str) -> str:
 
 def _losses(cells: Mapping[tuple[str, str], Row], ours: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     for (name, column), row in cells.items():
-        if name != peers.OURS and row["median_s"] != "" and ours[column].get("median_s", "") != "":
-            ratio = float(ours[column]["median_s"]) / float(row["median_s"])
+        others = name not in (peers.OURS, peers.PREPACKED)
+        if others and row["median_s"] != "" and ours[column].get("median_s", "") != "":
+            theirs = float(row["median_s"])
+            ratio = float(ours[column]["median_s"]) / theirs
             if ratio > 1:
                 about = ", approximate" if row["status"] == "approximate" else ""
+                packed = cells.get((peers.PREPACKED, column), {}).get("median_s")
+                if packed:
+                    about += f"; prepacked {'wins' if float(packed) < theirs else 'loses too'}"
                 yield f"in {column} to {name} ({_three(ratio)}x as fast{about})"
 
 

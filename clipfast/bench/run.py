@@ -104,8 +104,8 @@ class Run:
         if not self.options.no_plots:
             self._plots()
         print(f"\nresults: {', '.join(str(path) for path in self.written)}")
-        wrong = any(row["contestant"] == peers.OURS and row["status"] in ("WRONG", "failed") for row in self.rows)
-        return status or int(wrong)
+        ours = [row["status"] for row in self.rows if row["contestant"] in (peers.OURS, peers.PREPACKED)]
+        return status or int("WRONG" in ours or "failed" in ours)
 
     def _begin(self) -> None:
         facts = self.facts
@@ -129,7 +129,7 @@ class Run:
         model, dtype = self.options.models[0], self.options.dtypes[0]
         spent = self.budget.part(self.budget.left())
         for peer in self.peers:
-            if peer.prepares or dtype not in peer.dtypes:
+            if peer.name not in (peers.OURS, *start.MODULES) or dtype not in peer.dtypes:
                 continue
             if spent.spent() > START * self.budget.left() or not self.budget.allows(start.SECONDS):
                 break

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 OURS = "clipfast"
+PREPACKED = f"{OURS} prepacked"
 OPENAI = "openai-clip"
 # what the column vs_transformers compares with, by tower
 TRANSFORMERS = dict.fromkeys(("image", "both", "train"), "transformers") | {"text": "transformers, pad longest"}
@@ -81,6 +82,7 @@ def known() -> dict[str, Peer]:
 
     everybody = (
         ours.PEER,
+        ours.PACKED,
         openai.PEER,
         openclip.PEER,
         huggingface.PEER,

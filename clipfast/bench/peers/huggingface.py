@@ -116,4 +116,4 @@ def _flash(spec: Spec) -> Prepare:
 
 
 PEER = Peer("transformers", "transformers", functools.partial(build))
-FLASH = Peer("transformers, flash-attn", "flash-attn", _flash, devices=("cuda",), dtypes=("bfloat16", "float16"))
+FLASH = Peer("transformers flash-attn", "flash-attn", _flash, devices=("cuda",), dtypes=("bfloat16", "float16"))
