@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -86,6 +86,12 @@ def layer_norm(n_cols: int, dtype: torch.dtype) -> LayerNormConfig:
     return LayerNormConfig(block_rows=max(1, 512 // block_cols), warps=warps)
 
 
+def layer_norm_bwd(n_cols: int, dtype: torch.dtype) -> LayerNormConfig:
+    """As forward, but float32 in twice the warps: at 768 columns two spill on sm_86 and 89 (compile report)."""
+    config = layer_norm(n_cols, dtype)
+    return replace(config, warps=min(16, 2 * config.warps)) if dtype == torch.float32 else config
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear
 
@@ -140,9 +146,10 @@ def linear(
     if dtype == torch.float32:
         # no tensor cores in true float32: fused multiply-adds on a tile that fits the registers. 64 x 64 in 4 warps, or
         # 16 x 64, spill one where rows are not 16-byte aligned, and with a pre-activation stored beside 8 warps do too
-        # (compile report)
-        block_n = 32 if pre else 64
-        return LinearConfig(64, block_n, 32, warps=8, stages=3) if n_rows > 16 else LinearConfig(16, 32, 64, 4, 3)
+        # (compile report); on sm_90 so does 64 x 64 with steps of 32
+        if n_rows <= 16:
+            return LinearConfig(16, 32, 64, warps=4, stages=3)
+        return LinearConfig(64, 32 if pre else 64, 16 if arch == 90 and not pre else 32, warps=8, stages=3)
     if n_rows <= FEW_ROWS:
         return _linear_of_few_rows(n_rows, n_cols, n_terms, arch)
     if arch in (90, 100) and described:
@@ -230,8 +237,9 @@ def hidden_bwd(n_rows: int, dtype: torch.dtype, architecture: int) -> TileConfig
 
 def patch_embed(n_rows: int, n_cols: int, patch: int, dtype: torch.dtype, architecture: int) -> TileConfig:
     """block_k counts pixels of whole (padded) pixel rows: two of 32, four of 16 or 14."""
-    # 14 pixels in steps of 16 are loaded one by one, each with a pointer and a mask: 4 warps spill (compile report)
-    warps = 8 if patch & (patch - 1) else 4
+    # 14 pixels in steps of 16 are loaded one by one, each with a pointer and a mask: 4 warps spill, and so they do with
+    # bytes on sm_86 and 89 (compile report)
+    warps = 8 if patch & (patch - 1) or known(architecture) in (86, 89) else 4
     if dtype == torch.float32:
         # 64 x 64 spills in 4 warps (Triton 3.6) or in 8 (3.7) somewhere (compile report)
         return TileConfig(32, 64, 32, warps=8, stages=2)
@@ -358,9 +366,11 @@ def attention_stream_block(
     if _true_float32(dtype, tf32):
         # wide heads: 32 rows spill 8 to 16 bytes on sm_80 and sm_120 (compile report)
         return 16 if wide else 32 if longest <= 32 else 64
+    if dtype.itemsize > 2:
+        # more spills in places: 64 rows of wide heads on sm_80, 128 of others on sm_80, 86 and 89 (compile report)
+        return 32 if wide else 64
     if wide:
-        # 64 rows of float32 spill on sm_80 where the row statistics are stored too (compile report)
-        return 64 if dtype.itemsize == 2 else 32
+        return 64
     # 128 queries read the keys half as often as 64 do. But 257 rows would leave a third of three such blocks idle, and
     # one image alone would leave multiprocessors idle
     by_128 = -(-longest // 128)
@@ -441,5 +451,6 @@ def attention_pool(batch: int, heads: int, dtype: torch.dtype, architecture: int
         block_cols=64 if few or heads > 16 else 128,
         block_keys=64 if heads <= 32 else 32,
         warps=4,
-        stages=3,
+        # three stages of 16 bits spill on sm_80, 86 and 89 (compile report)
+        stages=2 if dtype.itemsize == 2 else 3,
     )

@@ -178,7 +178,7 @@ def layer_norm_bwd(
     dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if not n_rows:
         return dx, *(torch.zeros(n_cols, dtype=torch.float32, device=x.device) for _ in range(2))
-    config = tuning.layer_norm(n_cols, x.dtype)
+    config = tuning.layer_norm_bwd(n_cols, x.dtype)
     # four programs a multiprocessor hide the memory; more would only leave more parts to add up
     n_programs = min(triton.cdiv(n_rows, config.block_rows), 4 * tuning.multiprocessors(x.device))
     dweight, dbias = (torch.empty((n_programs, n_cols), dtype=torch.float32, device=x.device) for _ in range(2))
