@@ -7,7 +7,6 @@ not fit is said to be out of time. The plan is made anew before each group, with
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ LEAST_ROUNDS, FEW = 3, 5
 # seconds that they may take, or there are fewer; and of a round beyond which the check is the first of them
 LEAST_SECONDS, QUICK_ROUND = 20.0, 2.0
 # of a machine's best product, what a model that nobody has timed yet is supposed to reach
-FIRST_GUESS = 0.4
+FIRST_GUESS = 0.3
 # float64 on a CPU, as a share of the float32 ceiling
 DOUBLE = 0.2
 # seconds of building one peer's model, for each parameter
@@ -27,7 +26,7 @@ BUILD = 4e-9
 # where a compiler is first asked: the largest batch of which a call takes less than this
 COMPILE_SECONDS = 3.0
 # as how much of its time a job counts: who needs no preparation first, then one row of a compiler, its others last
-FIRST, COMPILED, LATER = 0.1, 0.3, 4.0
+FIRST, COMPILED, LATER = 0.25, 0.3, 4.0
 
 
 class Group(NamedTuple):
@@ -172,16 +171,12 @@ def choose(
 ) -> dict[Group, list[str]]:
     """The peers of each group that fit into `seconds` together; none for a group whose first job does not."""
     chosen: dict[Group, list[str]] = {group: [] for group in groups}
-    left, waiting = seconds, math.inf
+    left = seconds
     found = list(jobs(groups, peers, costs, rounds))
     bases = {job.group: job.seconds * job.weight for job in found if job.base}
     for job in sorted(found, key=lambda job: (max(bases[job.group], job.seconds * job.weight), not job.base)):
-        compiles = any(peer.prepares for peer in job.peers)
-        if job.seconds <= left and (job.base or chosen[job.group]) and not (compiles and job.weight > waiting):
+        if job.seconds <= left and (job.base or chosen[job.group]):
             chosen[job.group] += [peer.name for peer in job.peers]
             left -= job.seconds
-        elif compiles:
-            # predictions get better: what it leaves is for it, not for compilers that come after
-            waiting = min(waiting, job.weight)
     order: Callable[[str], int] = [peer.name for peer in peers].index
     return {group: sorted(names, key=order) for group, names in chosen.items()}
