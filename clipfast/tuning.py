@@ -146,9 +146,9 @@ def linear(
     if dtype == torch.float32:
         # no tensor cores in true float32: fused multiply-adds on a tile that fits the registers. 64 x 64 in 4 warps, or
         # 16 x 64, spill one where rows are not 16-byte aligned, and with a pre-activation stored beside 8 warps do too
-        # (compile report); on sm_90 so does 64 x 64 with steps of 32, and on sm_100 16 x 32 with steps of 64
+        # (compile report); on sm_90 so does 64 x 64 with steps of 32, and on sm_100 and 120 16 x 32 with steps of 64
         if n_rows <= 16:
-            return LinearConfig(16, 32, 32 if arch == 100 else 64, warps=4, stages=3)
+            return LinearConfig(16, 32, 32 if arch >= 100 else 64, warps=4, stages=3)
         return LinearConfig(64, 32 if pre else 64, 16 if arch == 90 and not pre else 32, warps=8, stages=3)
     if n_rows <= FEW_ROWS:
         return _linear_of_few_rows(n_rows, n_cols, n_terms, arch)
@@ -243,8 +243,8 @@ def patch_embed(n_rows: int, n_cols: int, patch: int, dtype: torch.dtype, archit
     if dtype == torch.float32:
         # 64 x 64 spills in 4 warps (Triton 3.6) or in 8 (3.7) somewhere (compile report)
         return TileConfig(32, 64, 32, warps=8, stages=2)
-    # 128 columns spill on sm_100, in 4 warps and in 8 (compile report)
-    few = n_rows <= FEW_ROWS or known(architecture) == 100
+    # 128 columns spill on sm_100, in 4 warps and in 8, and on sm_120 (compile report)
+    few = n_rows <= FEW_ROWS or known(architecture) >= 100
     return TileConfig(16 if n_rows <= 16 else 64, 64 if few else 128, 64, warps, stages=3)
 
 
@@ -294,7 +294,8 @@ def loss_statistics(n_images: int, n_texts: int, dtype: torch.dtype, architectur
     """16 MB of partial results of the columns at most, and two programs for every multiprocessor where there are."""
     arch = known(architecture)
     if dtype == torch.float32:
-        tile = TileConfig(64, 64, 16, warps=8, stages=3)
+        # steps of 16 spill on sm_120 (compile report)
+        tile = TileConfig(64, 64, 32 if arch == 120 else 16, warps=8, stages=3)
     elif n_images <= 256:
         tile = TileConfig(16 if n_images <= 16 else 64, 64, 64, warps=4 if n_images <= 16 else 8, stages=3)
     else:
