@@ -51,10 +51,6 @@ class Layout(NamedTuple):
     parts: list[Tensor]
 
 
-def _reordered(part: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(part, BLOCK)
-
-
 def _layout(weight: Tensor, rows: int | None) -> Layout:
     """weight: [N, K], float32 or bfloat16.   rows: of the one product it is for; None: it is kept for any."""
     # a strided weight would take oneDNN's reference reorder, a thousand times slower than a copy
@@ -65,7 +61,7 @@ def _layout(weight: Tensor, rows: int | None) -> Layout:
     step = terms if n_parts == 1 else -(-terms // (64 * n_parts)) * 64
     parts = [part.contiguous() for part in weight.split(step, dim=1)]
     if rows is None or (rows > BLOCK and n_parts > 1):
-        parts = [_reordered(part) for part in parts]
+        parts = [torch.ops.mkldnn._reorder_linear_weight(part, BLOCK) for part in parts]
     return Layout(step, parts)
 
 

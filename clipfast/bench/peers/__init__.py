@@ -56,7 +56,7 @@ class Peer(NamedTuple):
 
     distribution: whose version is shown.   approximate: computes something else on purpose, so it is never an equal.
     prepares:     seconds that preparing one call takes for each layer, as a first guess (compilers).
-    weight:       below 1 it is asked before others that take as long.
+    weight:       above 1 it is asked after others that take as long.
     devices:      where it runs.   dtypes: names of what it computes in.
     usual:        asked also when nobody names it.
     """
