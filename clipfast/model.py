@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
-from clipfast import dispatch, graphs, ops
+from clipfast import dispatch, graphs, ops, tuning
 from clipfast.inputs import check_images, check_same_device, check_text, mean_std, normalised, pair, refuse_nan_pixels
 from clipfast.packing import PackedText, Rows, pack_text
 from clipfast.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
@@ -244,6 +244,16 @@ class Transformer(nn.Module):
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
         """Packed rows [T, W] through every block; of the last one only the rows index [B]: -> [B, W]."""
+        most = tuning.rows_at_a_time(x.device, self.width, x.dtype)
+        if most is None or rows.total <= most or torch.is_grad_enabled() or dispatch.traced():
+            return self._pooled(x, rows, index, causal)
+        parts = [
+            self._pooled(x[some], part, index[sequences] - some.start, causal)
+            for some, sequences, part in rows.parts(most)
+        ]
+        return torch.cat(parts)
+
+    def _pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
         for block in self.resblocks[:-1]:
             x = self._kept_or_again(block.packed, x, rows, causal)
         return self._kept_or_again(self.resblocks[-1].pooled, x, rows, index)

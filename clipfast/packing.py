@@ -67,6 +67,27 @@ class Rows:
             row, sequence = row + count * length, sequence + count
         return tuple(runs)
 
+    def parts(self, most: int) -> list[tuple[slice, slice, Rows]]:
+        """Neighbours that have at most `most` rows together, or one sequence: (their rows, their sequences, Rows).
+
+        About the same number of rows each, so that the last is no remainder.
+        """
+        goal = max(1, self.total) / max(1, -(-self.total // most))
+        parts: list[tuple[slice, slice, Rows]] = []
+        first = begin = end = 0
+        for sequence, length in enumerate(self.lengths):
+            middle_after = end + length / 2 > goal * (len(parts) + 1)
+            if sequence > first and (middle_after or end + length - begin > most):
+                parts.append((slice(begin, end), slice(first, sequence), self._some(first, sequence)))
+                first, begin = sequence, end
+            end += length
+        parts.append((slice(begin, end), slice(first, len(self.lengths)), self._some(first, len(self.lengths))))
+        return parts
+
+    def _some(self, first: int, last: int) -> Rows:
+        lengths = self.lengths[first:last]
+        return Rows.fixed(len(lengths), lengths[0]) if len(set(lengths)) == 1 else Rows(lengths)
+
     def offsets(self, device: torch.device | str = "cpu") -> Tensor:
         """[B + 1] int32, first row of each sequence; the last entry is T."""
         bounds = [0, *itertools.accumulate(self.lengths)]

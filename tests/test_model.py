@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import clipfast
-from clipfast import reference
+from clipfast import reference, tuning
 from clipfast.checkpoints import to_huggingface
+from clipfast.model import Transformer
 
 from . import peers
 from .accuracy import assert_accurate, assert_embeddings
@@ -231,6 +232,26 @@ def test_float64_gradients_are_exact(config, activation):
         size = b.detach().abs().max().item()
         # a key bias's gradient is zero, and both are rounding
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * max(size, 1e-3), msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40, 10_000])
+def test_a_large_batch_goes_through_the_blocks_in_parts(monkeypatch, rows):
+    """In float64 a row that meets another sample's, or comes out in another's place, is no rounding."""
+    peer, ours = make_pair(VIT)
+    ours.double()
+    images, texts = make_images(VIT, 5).double(), make_texts(VIT, 9)
+    exact = exact_features(peer.state_dict(), images, texts)
+    seen = []
+    monkeypatch.setattr(tuning, "rows_at_a_time", lambda *of: rows)
+    whole = Transformer._pooled
+    monkeypatch.setattr(Transformer, "_pooled", lambda self, x, *of: seen.append(len(x)) or whole(self, x, *of))
+    with torch.no_grad():
+        for name, x, wanted in (("image", images, exact[0]), ("text", texts, exact[1])):
+            torch.testing.assert_close(getattr(ours, f"encode_{name}")(x), wanted, rtol=1e-10, atol=1e-10)
+    total = 5 * len(ours.visual.positional_embedding) + int((texts.argmax(dim=-1) + 1).sum())
+    assert sum(seen) == total and (len(seen) == 2) == (rows == 10_000)
+    seen.clear()
+    assert ours.encode_text(texts).requires_grad and len(seen) == 1, "gradients keep everything anyway"
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])

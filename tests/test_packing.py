@@ -48,6 +48,27 @@ def test_rows_of_one_length():
     assert Rows.fixed(0, 5).offsets().tolist() == [0]
 
 
+@given(lengths=LENGTHS, most=st.integers(1, 12))
+def test_parts_of_rows(lengths, most):
+    rows = Rows(tuple(lengths))
+    parts = rows.parts(most)
+    row = sequence = 0
+    for some, sequences, part in parts:
+        assert (some.start, sequences.start) == (row, sequence)
+        row, sequence = some.stop, sequences.stop
+        assert part == Rows(tuple(lengths[sequences])) and part.total == row - some.start
+        assert part.total <= most or len(part.lengths) == 1
+    assert (row, sequence) == (rows.total, len(lengths))
+    assert len(parts) == 1 or all(part.lengths for _, _, part in parts)
+
+
+def test_parts_are_about_as_large_as_each_other():
+    assert [part.total for *_, part in Rows.fixed(32, 50).parts(1365)] == [800, 800]
+    assert [len(part.lengths) for *_, part in Rows.fixed(32, 257).parts(2048)] == [6, 7, 6, 7, 6]
+    assert [part.total for *_, part in Rows((3, 3, 4, 4, 5, 5)).parts(13)] == [10, 9, 5]
+    assert Rows.fixed(6, 50).parts(100)[0][2] is Rows.fixed(2, 50)
+
+
 @pytest.mark.parametrize("offsets", [[], [1], [1, 3], [0, 3, 2], [0, -1], torch.tensor([2, 4])])
 def test_wrong_offsets(offsets):
     with pytest.raises(ValueError, match="offsets must start at 0 and never decrease, got"):
