@@ -61,6 +61,7 @@ $(TORCH): constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) torch
 	@$(INSTALL) setuptools wheel
+	@command -v cmake >/dev/null || $(INSTALL) cmake || echo "warning: no cmake: csrc/ will not be built"
 	@touch $@
 
 # No build isolation: an isolated build would fetch its own tools past constraints.txt.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clipfast import reference, tuning
-from clipfast.kernels import eager, eager_gradients, library, native, onednn
+from clipfast.kernels import cpu_attention, eager, eager_gradients, library, native, onednn
 from clipfast.kernels.loss_autograd import contrastive_loss
 
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
@@ -88,6 +88,14 @@ def _onednn_refuses(operator: str, call: Call) -> str | None:
     return _not_eager(call) or onednn.missing() or (None if call.onednn else "torch.backends.mkldnn.enabled is False")
 
 
+def _cpu_refuses(operator: str, call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"runs on a CPU, not on {call.device}"
+    if call.dtype not in (torch.float32, *HALVES):
+        return f"has no {_short(call.dtype)} kernel"
+    return _not_eager(call) or cpu_attention.missing()
+
+
 def _gpu_refuses(call: Call) -> str | None:
     if call.device != "cuda":
         return f"runs on a GPU, not on {'a CPU' if call.device == 'cpu' else call.device}"
@@ -142,6 +150,10 @@ def _torch_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
     return plain | eager_gradients.OPERATORS if call.grad and not call.traced else plain
 
 
+def _cpu_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
+    return {"attention": cpu_attention.attention}
+
+
 def _cuda_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
     return {"patch_embed": native.patch_embed}
 
@@ -181,6 +193,7 @@ _BACKENDS = (
     Backend(
         "triton", _triton_refuses, _triton_yields, _triton_operators, without_gradients=("attention_pool", "logits")
     ),
+    Backend("cpu", _cpu_refuses, _never, _cpu_operators, ("attention",)),
     Backend("onednn", _onednn_refuses, _never, lambda call: {name: getattr(onednn, name) for name in _ONEDNN}, _ONEDNN),
     Backend("torch", _never, _never, _torch_operators),
     Backend("reference", _never, lambda operator, call: "runs only when forced", lambda call: _REFERENCE),
@@ -193,7 +206,8 @@ _decisions: dict[tuple[str, str | None, Call], Decision] = {}
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Inside the block every operator runs on the named backend: "cuda", "triton", "onednn", "torch" or "reference".
+    """Inside the block every operator runs on the named backend: "cuda", "triton", "cpu", "onednn", "torch" or
+    "reference".
 
     An operator the backend does not have runs on "torch", and explain() says so. Blocks nest; other threads are
     not affected.

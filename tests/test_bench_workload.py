@@ -7,9 +7,10 @@ import csv
 import pytest
 import torch
 
-from benchmarks import linear
+from benchmarks import attention, linear
 from clipfast import CLIP, convert_weights, reference
 from clipfast.bench import environment, harness, workload
+from clipfast.kernels import cpu_attention
 from clipfast.tokenizer import tokenize
 
 from .bench_models import TINY, TINY_RESNET, WORDS
@@ -66,6 +67,21 @@ def test_linear_checks_and_writes(tmp_path, capsys):
     assert all(row["status"] == "ok" and row["rounds"] == "2" for row in rows)
     assert all(0 < float(row["rel_rms"]) < 1e-2 for row in rows)
     assert capsys.readouterr().out.count("300x512x64") == sum(row["rows"] == "300" for row in rows)
+
+
+@pytest.mark.skipif(cpu_attention.missing() is not None, reason="libclipfast_cpu is not built")
+def test_attention_checks_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention, "SHAPES", [attention.Shape("some captions", (3, 5, 5), 2, True)])
+    path = tmp_path / "attention.csv"
+    assert attention.main(["--rounds", "2", "--csv", str(path)]) == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["contestant"] for row in rows] == ["torch", "cpu"] * 2
+    assert all(row["rounds"] == "2" and 0 < float(row["rel_rms"]) < 1e-2 for row in rows)
+    assert capsys.readouterr().out.count("some captions") == 4
+    monkeypatch.setattr(cpu_attention, "DTYPES", {torch.float32: 1})  # float32 read as bfloat16
+    with pytest.raises(ArithmeticError, match="some captions: RMS error"):
+        attention.main(["--rounds", "2", "--dtypes", "float32"])
 
 
 def test_environment_names_no_person_and_no_place():

@@ -12,7 +12,7 @@ from clipfast import dispatch, ops, tuning
 from .clips import VIT, make_images, make_pair, make_texts
 from .op_cases import SMALL
 
-ALL = ("cuda", "triton", "onednn", "torch", "reference")
+ALL = ("cuda", "triton", "cpu", "onednn", "torch", "reference")
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
 
 needs_onednn = pytest.mark.skipif(
@@ -45,7 +45,7 @@ def _reason(backend: str, operator: str = "linear") -> str:
 
 
 def test_an_unknown_backend():
-    with pytest.raises(ValueError, match=r"unknown backend 'nope'; there are cuda, triton, onednn, torch, reference"):
+    with pytest.raises(ValueError, match=r"unknown backend 'nope'; there are cuda, triton, cpu, onednn, torch"):
         with clipfast.backend("nope"):
             pass
     with pytest.raises(ValueError, match="unknown backend 'gpu'"):
@@ -349,10 +349,11 @@ def test_explain_of_this_cpu_with_and_without_gradients():
         return {name: decision.backend for name, _, _, decision in clipfast.explain("cpu", **options)}
 
     assert {name for name, backend in backends().items() if backend == "onednn"} == set(dispatch._ONEDNN)
+    assert {name for name, backend in backends().items() if backend == "cpu"} <= {"attention"}
     assert set(backends(grad=True).values()) == {"torch"}
     assert set(backends(dtype=torch.float64).values()) == {"torch"}
     with torch.backends.mkldnn.flags(enabled=False):
-        assert set(backends().values()) == {"torch"}
+        assert "onednn" not in backends().values()
 
 
 @needs_onednn

@@ -8,9 +8,6 @@ kernels themselves run the same cases.
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,45 +15,28 @@ import torch
 
 from clipfast.kernels import native
 
+from . import csrc
 from .accuracy import assert_accurate
 from .op_cases import Case, norm, patch_case
 
-ROOT = Path(__file__).resolve().parents[1]
 HALVES = [torch.float16, torch.bfloat16]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def give_up(reason: str) -> None:
-    if os.environ.get("CLIPFAST_REQUIRE_PEERS") == "1" and shutil.which("nvcc"):
-        pytest.fail(f"{reason} (CLIPFAST_REQUIRE_PEERS=1: no skip)", pytrace=False)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
-    """The installed library if it is newer than its sources, else one with machine code for one architecture."""
-    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").iterdir()]
-    if native.LIBRARY.exists() and native.LIBRARY.stat().st_mtime > max(path.stat().st_mtime for path in sources):
-        return native.LIBRARY
-    for tool in ("nvcc", "cmake"):
-        if shutil.which(tool) is None:
-            give_up(f"{tool} is not installed: the CUDA library cannot be built")
-    folder = tmp_path_factory.mktemp("native")
-    options = ["-DCLIPFAST_ARCHITECTURES=80", f"-DCLIPFAST_OUTPUT={folder}"]
-    for command in (["cmake", "-S", ROOT, "-B", folder / "build", *options], ["cmake", "--build", folder / "build"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "warning" not in done.stderr, done.stderr
-    return folder / "libclipfast.so"
+    """With machine code for one architecture, if it is not installed."""
+    options = ["-DCLIPFAST_ARCHITECTURES=80", "-DCLIPFAST_CPU=OFF"]
+    return csrc.built(native.LIBRARY, tmp_path_factory.mktemp("native"), "nvcc", options)
 
 
 @pytest.fixture
-def library(built, monkeypatch) -> ctypes.CDLL:
-    monkeypatch.setattr(native, "LIBRARY", built)
-    native._library.cache_clear()
+def library(built) -> ctypes.CDLL:
+    installed = native.LIBRARY.path
+    native.LIBRARY.forget(built)
     assert native.missing() is None
-    yield native._library()
-    native._library.cache_clear()
+    yield native.LIBRARY.use()
+    native.LIBRARY.forget(installed)
 
 
 def vit(dtype, pixels, shape, ln_pre=False) -> Case:
@@ -236,42 +216,22 @@ def test_operator(library):
 # What it says when it cannot
 
 
-def test_missing_library_names_the_fix(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libclipfast.so")
-    native._library.cache_clear()
-    try:
-        assert "not built" in native.missing() and "CLIPFAST_CUDA=1 pip install" in native.missing()
-        with pytest.raises(RuntimeError, match="not built"):
-            run(vit(torch.float16, torch.uint8, (1, 16, 16, 16, 8)))
-    finally:
-        native._library.cache_clear()
+def test_a_missing_library_is_an_error_where_it_is_called(monkeypatch, tmp_path):
+    monkeypatch.setattr(native.LIBRARY, "path", tmp_path / "libclipfast.so")
+    monkeypatch.setattr(native.LIBRARY, "loaded", native.LIBRARY.load(native.LIBRARY.path), raising=False)
+    assert "not built" in native.missing() and "CLIPFAST_CUDA=1 pip install" in native.missing()
+    with pytest.raises(RuntimeError, match="not built"):
+        run(vit(torch.float16, torch.uint8, (1, 16, 16, 16, 8)))
 
 
-def test_other_versions_and_broken_files(library, built, monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "ABI_VERSION", 999)
-    assert "interface version 1, this clipfast needs 999" in native._load(built)
-    (tmp_path / "libclipfast.so").write_text("not a library")
-    assert "does not load" in native._load(tmp_path / "libclipfast.so")
-    monkeypatch.setattr(native, "ABI_VERSION", 1)
-    monkeypatch.setitem(native._SYMBOLS, "clipfast_of_tomorrow", (ctypes.c_int, ()))
-    assert "clipfast_of_tomorrow" in native._load(built)
+def test_other_versions_and_broken_files(built, tmp_path):
+    csrc.assert_says_why_it_is_missing(native.LIBRARY, built, tmp_path, "clipfast_of_tomorrow")
 
 
 def test_header_and_python_agree():
-    header = (ROOT / "csrc" / "clipfast.h").read_text()
-    assert f"#define CLIPFAST_ABI_VERSION {native.ABI_VERSION}\n" in header
-    struct = header.partition("clipfast_patch_embed_args {")[2].partition("} clipfast_patch_embed_args;")[0]
-    types = {"int64_t ": ctypes.c_int64, "int32_t ": ctypes.c_int32, "float ": ctypes.c_float}
-    declared = [line.strip().split(";")[0] for line in struct.splitlines()[1:] if line.strip()]
-    fields = native._PatchEmbedArgs._fields_
-    assert len(declared) == len(fields)
-    for line, (field, kind) in zip(declared, fields, strict=True):
-        assert line.endswith((f" {field}", f"*{field}"))
-        assert kind == (ctypes.c_void_p if "*" in line else types[line.removesuffix(field)])
-    for name in native._SYMBOLS:
-        assert f"{name}(" in header
-    for plan, code in native.PLANS.items():
-        assert f"CLIPFAST_PLAN_{plan.upper()} = {code}" in header
+    header = (csrc.ROOT / "csrc" / "clipfast.h").read_text()
+    csrc.assert_header_agrees(header, native.LIBRARY, native._PatchEmbedArgs)
+    csrc.assert_codes_agree(header, "CLIPFAST_PLAN", native.PLANS)
 
 
 def raw_arguments(**changes) -> native._PatchEmbedArgs:
@@ -317,7 +277,7 @@ def test_refusals_have_a_text(library, changes, text):
     code = library.clipfast_patch_embed_host(raw_arguments(**changes), 0)
     assert code < 0
     with pytest.raises(RuntimeError, match=text):
-        native._check(library, code)
+        native.LIBRARY.check(code)
 
 
 def test_codes_without_a_meaning(library):
@@ -332,7 +292,7 @@ def test_a_launch_without_a_gpu_is_an_error_in_words(library):
     code = library.clipfast_patch_embed(raw_arguments(batch=1), 0, None)
     assert code > 0
     with pytest.raises(RuntimeError, match="CUDA driver version is insufficient|no CUDA-capable device"):
-        native._check(library, code)
+        native.LIBRARY.check(code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,11 +33,15 @@ from .op_cases import (
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+# backends that have some operators, without gradients
+HAVE = {"cpu": ("attention",), "onednn": ("linear", "mlp", "patch_embed", "project")}
+
+
 def _skip_unless_it_runs(backend: str, operator: str, dtype: torch.dtype) -> None:
     for name, _, _, decision in clipfast.explain("cpu", dtype):
         reason = dict(decision.others).get(backend, "")
-        if name == operator and backend == "onednn" and decision.backend != backend:
-            pytest.skip(f"onednn: {reason}")
+        if name == operator and backend in HAVE and decision.backend != backend:
+            pytest.skip(f"{backend}: {reason}")
 
 
 # PyTorch's float16 products are slow on most CPUs: of the large cases none
@@ -54,8 +58,8 @@ def _size(name: str) -> int:
 
 
 def _runs(name: str, dtype: torch.dtype, backend: str) -> bool:
-    if backend == "onednn":
-        return CASES[name].operator in ("linear", "mlp", "patch_embed", "project")
+    if backend in HAVE:
+        return CASES[name].operator in HAVE[backend]
     # the interpreter is slow: tests/kernels holds each kernel to float16, and whole towers to the large shapes
     return backend == "torch" or torch.cuda.is_available() or (dtype != torch.float16 and _size(name) < 1_500_000)
 
@@ -63,7 +67,7 @@ def _runs(name: str, dtype: torch.dtype, backend: str) -> bool:
 FORWARD = [
     pytest.param(name, dtype, backend, id=f"{backend}-{str(dtype)[6:]}-{name}")
     for name, dtype in CHOSEN
-    for backend in ("onednn", "torch", "triton")
+    for backend in ("cpu", "onednn", "torch", "triton")
     if _runs(name, dtype, backend)
 ]
 
@@ -80,7 +84,7 @@ def test_forward(name, dtype, backend, device, poisoned_memory):
     assert all(torch.equal(x, y) for x, y in zip(before, case.tensors(), strict=True)), "an argument was overwritten"
 
 
-GRADIENTS = [p for p in FORWARD if p.values[2] != "onednn"]
+GRADIENTS = [p for p in FORWARD if p.values[2] not in HAVE]
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), GRADIENTS)

@@ -36,6 +36,7 @@ def build(run: Run, budget: Budget) -> None:
     architecture = tuning.known(tuning.architecture(run.device))
     folder = ROOT / "build" / f"cmake-sm_{architecture}"
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DCLIPFAST_ARCHITECTURES={architecture}"]
+    configure.append("-DCLIPFAST_CPU=OFF")
     environment = {**os.environ, "CUDACXX": nvcc() or ""}
     for command in (configure, ["cmake", "--build", str(folder), "--parallel"]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=max(1, budget.left()))
@@ -43,7 +44,7 @@ def build(run: Run, budget: Budget) -> None:
             lines = (done.stdout + done.stderr).strip().splitlines()[-8:]
             run.fail("csrc does not build: " + " | ".join(lines))
             return
-    native._library.cache_clear()
+    native.LIBRARY.forget()
     if native.missing():
         run.fail(f"csrc is built and does not load: {native.missing()}")
     else:

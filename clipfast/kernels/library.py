@@ -22,7 +22,12 @@ LIBRARY = torch.library.Library("clipfast", "FRAGMENT")
 OLDEST_TRITON = (3, 6)
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    devices: tuple[str, ...] = ("CUDA", "CPU"),
+) -> torch._ops.OpOverload:
     """Registers `clipfast::<schema>` and returns the operator.
 
     implementation: gets the arguments of the schema, the first of them a tensor whose device becomes the current one.
@@ -39,7 +44,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         return implementation(x, *arguments)
 
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    for key in ("CUDA", "CPU"):
+    for key in devices:
         LIBRARY.impl(name, on_its_device, key)
     torch.library.register_fake(f"clipfast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.clipfast, name).default

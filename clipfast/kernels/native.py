@@ -7,18 +7,13 @@ loaded before the first use, and `missing()` says why it cannot be. csrc/clipfas
 from __future__ import annotations
 
 import ctypes
-import functools
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
-from pathlib import Path
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from clipfast.kernels import library
-
-ABI_VERSION = 1  # CLIPFAST_ABI_VERSION
-LIBRARY = Path(__file__).with_name("libclipfast.so")
-BUILD = "CLIPFAST_CUDA=1 pip install --no-build-isolation -e . (needs nvcc and cmake)"
+from clipfast.kernels.shared_library import SharedLibrary
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 # How a call is computed; csrc/clipfast.h says what each takes.
@@ -39,48 +34,18 @@ class _PatchEmbedArgs(Structure):
     ]
 
 
-_SYMBOLS = {
-    "clipfast_abi_version": (c_int, ()),
-    "clipfast_error_text": (c_char_p, (c_int,)),
-    "clipfast_patch_embed": (c_int, (POINTER(_PatchEmbedArgs), c_int, c_void_p)),
-    "clipfast_patch_embed_host": (c_int, (POINTER(_PatchEmbedArgs), c_int)),
-}
-
-
-def _load(path: Path) -> ctypes.CDLL | str:
-    """The library with its symbols declared, or why it cannot be used."""
-    if not path.exists():
-        return f"the CUDA library is not built ({path.name} is not in {path.parent}): {BUILD}"
-    try:
-        built = ctypes.CDLL(str(path))
-        for name, (restype, argtypes) in _SYMBOLS.items():
-            function = getattr(built, name)
-            function.restype, function.argtypes = restype, argtypes
-            if name == "clipfast_abi_version" and function() != ABI_VERSION:
-                return (
-                    f"{path.name} has interface version {function()}, this clipfast needs {ABI_VERSION}: "
-                    f"build it again, {BUILD}"
-                )
-    except (OSError, AttributeError) as error:
-        return f"{path.name} does not load: {error}. Build it again: {BUILD}"
-    return built
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    return _load(LIBRARY)
-
-
-def missing() -> str | None:
-    """Why the library cannot be used (not built, of another version, does not load) and what to do; None if it can."""
-    built = _library()
-    return built if isinstance(built, str) else None
-
-
-def _check(built: ctypes.CDLL, code: int) -> None:
-    if code:
-        text = built.clipfast_error_text(code).decode()
-        raise RuntimeError(f"libclipfast: {text} ({'CUDA error' if code > 0 else 'error'} {code})")
+LIBRARY = SharedLibrary(
+    "libclipfast.so",
+    "clipfast",
+    1,  # CLIPFAST_ABI_VERSION
+    {
+        "clipfast_patch_embed": (c_int, (POINTER(_PatchEmbedArgs), c_int, c_void_p)),
+        "clipfast_patch_embed_host": (c_int, (POINTER(_PatchEmbedArgs), c_int)),
+    },
+    build="CLIPFAST_CUDA=1 pip install --no-build-isolation -e . (needs nvcc and cmake)",
+    kind="CUDA library",
+)
+missing = LIBRARY.missing
 
 
 def _readable(images: Tensor, weight: Tensor) -> Tensor:
@@ -122,9 +87,7 @@ def _patch_embed_fwd(
     reversed_order: bool = False,
 ) -> Tensor:
     """On CUDA tensors the kernels, on CPU tensors their host twin."""
-    built = _library()
-    if isinstance(built, str):
-        raise RuntimeError(built)
+    built = LIBRARY.use()
     out = _fake(images, weight, class_embedding, positional_embedding)
     batch, channels, height, width = images.shape
     if images.dtype != torch.uint8:
@@ -141,9 +104,9 @@ def _patch_embed_fwd(
     args = _PatchEmbedArgs(ctypes.sizeof(_PatchEmbedArgs), *pointers, *sizes, eps, *codes)
     if out.is_cuda:
         stream = torch.cuda.current_stream(out.device).cuda_stream
-        _check(built, built.clipfast_patch_embed(byref(args), out.device.index, stream))
+        LIBRARY.check(built.clipfast_patch_embed(byref(args), out.device.index, stream))
     else:
-        _check(built, built.clipfast_patch_embed_host(byref(args), reversed_order))
+        LIBRARY.check(built.clipfast_patch_embed_host(byref(args), reversed_order))
     return out
 
 

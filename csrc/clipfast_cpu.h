@@ -1,0 +1,66 @@
+/* The C interface of libclipfast_cpu: what clipfast/kernels/cpu_attention.py calls through ctypes.
+ *
+ * Every function returns 0, or a code whose text clipfast_cpu_error_text() gives. Nothing exits, throws or prints. Bump
+ * CLIPFAST_CPU_ABI_VERSION with any change here, there and in cpu_attention.py.
+ */
+#ifndef CLIPFAST_CPU_H
+#define CLIPFAST_CPU_H
+
+#include <stdint.h>
+
+#define CLIPFAST_CPU_ABI_VERSION 1
+#define CLIPFAST_CPU_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum clipfast_cpu_dtype { CLIPFAST_CPU_FLOAT32 = 0, CLIPFAST_CPU_BFLOAT16 = 1 };
+
+enum clipfast_cpu_error {
+    CLIPFAST_CPU_OK = 0,
+    CLIPFAST_CPU_ERROR_ARGUMENT = -1,    /* a null pointer, a size out of range, an unknown dtype or struct_size */
+    CLIPFAST_CPU_ERROR_INSTRUCTIONS = -2, /* this CPU has not the instructions asked for */
+    CLIPFAST_CPU_ERROR_MEMORY = -3       /* no memory for keys, values and scores */
+};
+
+/* Which of the compiled forms runs: the best this CPU has, or one by name. */
+enum clipfast_cpu_instructions {
+    CLIPFAST_CPU_BEST = 0,
+    CLIPFAST_CPU_BASELINE = 1, /* what the compiler assumes of any CPU */
+    CLIPFAST_CPU_AVX2 = 2,     /* x86-64-v3 */
+    CLIPFAST_CPU_AVX512 = 3    /* x86-64-v4 */
+};
+
+/* out[t, h] = sum over s of softmax over s of (scale q[t, h] . k[s, h]) v[s, h], s over the rows of t's sequence, and no
+ * further than t itself if causal. Everything is float32 but the rows, which are rounded once at the end.
+ */
+typedef struct clipfast_cpu_attention_args {
+    int64_t struct_size;    /* sizeof(clipfast_cpu_attention_args) */
+    const void *qkv;        /* [T, 3, heads, width] of dtype, contiguous */
+    void *out;              /* [T, heads, width] of dtype, contiguous */
+    const int32_t *offsets; /* [sequences + 1]: first row of each sequence, the last entry T; never decreasing */
+    int64_t sequences;      /* may be 0: nothing is read or written */
+    int32_t heads;
+    int32_t width; /* of a head */
+    int32_t dtype; /* clipfast_cpu_dtype */
+    int32_t causal;
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+    float scale;
+} clipfast_cpu_attention_args;
+
+/* CLIPFAST_CPU_ABI_VERSION of the built library. */
+CLIPFAST_CPU_API int clipfast_cpu_abi_version(void);
+
+/* What a returned code means; never null, static storage. */
+CLIPFAST_CPU_API const char *clipfast_cpu_error_text(int code);
+
+/* Softmax attention of packed rows; returns when it is done. */
+CLIPFAST_CPU_API int clipfast_cpu_attention(const clipfast_cpu_attention_args *args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

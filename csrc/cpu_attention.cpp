@@ -1,0 +1,279 @@
+// Softmax attention of packed rows on a CPU, compiled once for each instruction set (CMakeLists.txt), as CLIPFAST_FORM.
+//
+// One task is one head of one sequence. Its keys are transposed and its values laid out in float32, which the caches
+// hold at CLIP's lengths; then, for a block of queries at a time: scores, softmax, product with the values, all in
+// float32 whatever the type of the rows.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "clipfast_cpu.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ACROSS = 4; // 6 x 4 sums in 32 registers
+#elif defined(__AVX2__)
+constexpr int LANES = 8, ACROSS = 2; // 6 x 2 sums in 16 registers
+#else
+constexpr int LANES = 4, ACROSS = 2;
+#endif
+constexpr int DOWN = 6;    // queries that are multiplied together
+constexpr int BLOCK = 48;  // queries whose scores exist at a time
+constexpr int CHAIN = 128; // keys summed in one chain: longer ones would round more than PyTorch's
+constexpr int TURNS = 16;  // in which a thread takes its tasks, if there are so many
+constexpr float LOG2E = 1.44269504f;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+Floats load(const float *from) {
+    Floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
+
+// bfloat16, as the upper half of a float32
+Floats load(const uint16_t *from) {
+    Halves half;
+    memcpy(&half, from, sizeof half);
+    const Words word = __builtin_convertvector(half, Words) << 16;
+    Floats x;
+    memcpy(&x, &word, sizeof x);
+    return x;
+}
+
+// to the nearest, to even in the middle; a NaN stays one
+void store(uint16_t *to, Floats x) {
+    Words word;
+    memcpy(&word, &x, sizeof word);
+    const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    const Halves half = __builtin_convertvector((Words)(x == x ? (Ints)rounded : (Ints)(Words{} + 0x7fc0)), Halves);
+    memcpy(to, &half, sizeof half);
+}
+
+// n values as float32, then zeros up to a multiple of LANES
+template <typename T>
+void load_row(const T *from, float *to, int n) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+    if (i == n) return;
+    T rest[LANES] = {};
+    memcpy(rest, from + i, (n - i) * sizeof(T));
+    store(to + i, load(rest));
+}
+
+template <typename T>
+void store_row(T *to, const float *from, int n, float factor) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i) * factor);
+    if (i == n) return;
+    T rest[LANES];
+    store(rest, load(from + i) * factor);
+    memcpy(to + i, rest, (n - i) * sizeof(T));
+}
+
+// exp(x) for x <= 0, and 0 below -87: Cody and Waite's reduction, a polynomial of degree 6. NaN stays NaN
+Floats exp_of_negative(Floats x) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+    const Floats n = (x * LOG2E + ROUND) - ROUND;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691e-4f + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665795e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r + 1.0f;
+    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Floats power;
+    memcpy(&power, &exponent, sizeof power);
+    const Floats zero = {};
+    return x < -87.0f ? zero : p * power;
+}
+
+// c[R][C * LANES] = (or +=) a[R][k] . b[k][C * LANES]
+template <int R, int C>
+void product(const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int k, bool add) {
+    Floats sums[R][C] = {};
+    for (int i = 0; i < k; i++) {
+        Floats row[C];
+        for (int j = 0; j < C; j++) row[j] = load(b + i * ldb + LANES * j);
+        for (int r = 0; r < R; r++) {
+            const float x = a[r * lda + i];
+            for (int j = 0; j < C; j++) sums[r][j] += x * row[j];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < C; j++) {
+            float *to = c + r * ldc + LANES * j;
+            store(to, add ? load(to) + sums[r][j] : sums[r][j]);
+        }
+}
+
+template <int C>
+void product_of_columns(int n, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int k,
+                                                bool add) {
+    for (; n >= DOWN; n -= DOWN, a += DOWN * lda, c += DOWN * ldc) product<DOWN, C>(a, lda, b, ldb, c, ldc, k, add);
+    switch (n) {
+        case 5: return product<5, C>(a, lda, b, ldb, c, ldc, k, add);
+        case 4: return product<4, C>(a, lda, b, ldb, c, ldc, k, add);
+        case 3: return product<3, C>(a, lda, b, ldb, c, ldc, k, add);
+        case 2: return product<2, C>(a, lda, b, ldb, c, ldc, k, add);
+        case 1: return product<1, C>(a, lda, b, ldb, c, ldc, k, add);
+    }
+}
+
+// c[n][columns] = (or +=) a[n][k] . b[k][columns]; columns a multiple of LANES
+void product(int n, int64_t columns, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
+             int k, bool add = false) {
+    int64_t j = 0;
+    for (; j + ACROSS * LANES <= columns; j += ACROSS * LANES)
+        product_of_columns<ACROSS>(n, a, lda, b + j, ldb, c + j, ldc, k, add);
+    for (; ACROSS > 2 && j + 2 * LANES <= columns; j += 2 * LANES)
+        product_of_columns<2>(n, a, lda, b + j, ldb, c + j, ldc, k, add);
+    for (; j < columns; j += LANES) product_of_columns<1>(n, a, lda, b + j, ldb, c + j, ldc, k, add);
+}
+
+// x with its halves exchanged, then their halves and so on: after log2(LANES) steps every lane has met every other
+template <typename Join>
+Floats across_lanes(Floats x, Join join) {
+    for (int step = LANES / 2; step > 0; step /= 2) {
+        Ints places;
+        for (int i = 0; i < LANES; i++) places[i] = i ^ step;
+        x = join(x, __builtin_shuffle(x, places));
+    }
+    return x;
+}
+
+// scores[0, seen) -> exp(score - greatest), then zeros up to a multiple of LANES that is at least `columns`
+// Returns 1 / their sum.
+float softmax(float *scores, int64_t seen, int64_t columns) {
+    for (int64_t j = seen; j < columns; j++) scores[j] = -__builtin_inff();
+    Floats greatest = load(scores);
+    for (int64_t j = LANES; j < columns; j += LANES) {
+        const Floats x = load(scores + j);
+        greatest = x > greatest ? x : greatest;
+    }
+    greatest = across_lanes(greatest, [](Floats a, Floats b) { return a > b ? a : b; });
+    Floats sums = {};
+    for (int64_t j = 0; j < columns; j += LANES) {
+        const Floats weight = exp_of_negative(load(scores + j) - greatest);
+        store(scores + j, weight);
+        sums += weight;
+    }
+    return 1 / across_lanes(sums, [](Floats a, Floats b) { return a + b; })[0];
+}
+
+struct Sizes {
+    int64_t longest;
+    int heads, width;
+    float scale;
+    bool causal;
+
+    int64_t row() const { return 3LL * heads * width; }
+    int64_t floats() const {
+        const int64_t keys = padded(longest), wide = padded(width);
+        return width * keys + longest * wide + BLOCK * (2 * wide + keys) + LANES * wide;
+    }
+};
+
+// one head of one sequence, its queries [first, last).   memory: Sizes::floats
+template <typename T>
+void attend(const T *qkv, T *out, int length, int head, int first, int last, const Sizes &sizes, float *memory) {
+    const int width = sizes.width, heads = sizes.heads;
+    const int64_t keys = padded(length), wide = padded(width), row = sizes.row();
+    float *const transposed = memory;                // [width][keys]
+    float *const values = transposed + width * keys; // [length][wide]
+    float *const queries = values + length * wide;   // [BLOCK][wide]
+    float *const sums = queries + BLOCK * wide;      // [BLOCK][wide]
+    float *const scores = sums + BLOCK * wide;       // [BLOCK][keys]
+    float *const group = scores + BLOCK * keys;      // [LANES][wide]
+    const T *const query = qkv + int64_t(head) * width;
+    const T *const key = query + int64_t(heads) * width;
+    const T *const value = key + int64_t(heads) * width;
+    const int seen = sizes.causal ? last : length;
+
+    for (int j = 0; j < seen; j += LANES) {
+        for (int i = 0; i < LANES; i++) {
+            if (j + i < seen)
+                load_row(key + (j + i) * row, group + i * wide, width);
+            else
+                memset(group + i * wide, 0, 4 * wide);
+        }
+        for (int d = 0; d < width; d++)
+            for (int i = 0; i < LANES; i++) transposed[d * keys + j + i] = group[i * wide + d];
+    }
+    for (int j = 0; j < seen; j++) load_row(value + j * row, values + j * wide, width);
+
+    for (int start = first; start < last; start += BLOCK) {
+        const int n = last - start < BLOCK ? last - start : BLOCK;
+        const int64_t columns = padded(sizes.causal ? start + n : length);
+        const int visible = sizes.causal ? start + n : length;
+        for (int i = 0; i < n; i++) {
+            float *const to = queries + i * wide;
+            load_row(query + (start + i) * row, to, width);
+            for (int d = 0; d < wide; d += LANES) store(to + d, load(to + d) * sizes.scale);
+        }
+        product(n, columns, queries, wide, transposed, keys, scores, keys, width);
+        float inverse[BLOCK];
+        for (int i = 0; i < n; i++)
+            inverse[i] = softmax(scores + i * keys, sizes.causal ? start + i + 1 : length, columns);
+        for (int k = 0; k < visible; k += CHAIN)
+            product(n, wide, scores + k, keys, values + k * wide, wide, sums, wide,
+                    visible - k < CHAIN ? visible - k : CHAIN, k > 0);
+        for (int i = 0; i < n; i++)
+            store_row(out + ((start + i) * int64_t(heads) + head) * width, sums + i * wide, width, inverse[i]);
+    }
+}
+
+template <typename T>
+int attend_all(const clipfast_cpu_attention_args &args) {
+    const T *const qkv = static_cast<const T *>(args.qkv);
+    T *const out = static_cast<T *>(args.out);
+    const int32_t *const offsets = args.offsets;
+    Sizes sizes{0, args.heads, args.width, args.scale, args.causal != 0};
+    for (int64_t i = 0; i < args.sequences; i++) {
+        const int64_t length = offsets[i + 1] - offsets[i];
+        sizes.longest = length > sizes.longest ? length : sizes.longest;
+    }
+    const int64_t pairs = args.sequences * args.heads;
+    if (sizes.longest == 0 || pairs == 0) return 0;
+    // one long sequence on many cores: several tasks share a head, each with some of its queries
+    const int64_t blocks = (sizes.longest + BLOCK - 1) / BLOCK;
+    int64_t parts = (args.threads + pairs - 1) / pairs;
+    parts = parts < blocks ? parts : blocks;
+    const int64_t tasks = pairs * parts;
+    const int64_t together = 1 + tasks / (args.threads * int64_t(TURNS));
+    int failed = 0;
+#pragma omp parallel num_threads(args.threads)
+    {
+        float *const memory = static_cast<float *>(malloc(4 * sizes.floats()));
+        if (memory == nullptr) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic, together)
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t sequence = task / (args.heads * parts), part = task % parts;
+            const int head = int(task / parts % args.heads);
+            const int64_t first = offsets[sequence], length = offsets[sequence + 1] - first;
+            if (memory != nullptr)
+                attend(qkv + first * sizes.row(), out + first * args.heads * args.width, int(length), head,
+                       int(length * part / parts), int(length * (part + 1) / parts), sizes, memory);
+        }
+        free(memory);
+    }
+    return failed ? CLIPFAST_CPU_ERROR_MEMORY : 0;
+}
+
+} // namespace
+
+int CLIPFAST_FORM(const clipfast_cpu_attention_args &args) {
+    return args.dtype == CLIPFAST_CPU_BFLOAT16 ? attend_all<uint16_t>(args) : attend_all<float>(args);
+}
