@@ -9,7 +9,9 @@ import torch
 
 from benchmarks import attention, linear
 from clipfast import CLIP, convert_weights, reference
-from clipfast.bench import environment, harness, workload
+from clipfast.architectures import ARCHITECTURES
+from clipfast.bench import environment, harness, peers, plan, workload
+from clipfast.bench.exact import Exact
 from clipfast.kernels import cpu_attention
 from clipfast.tokenizer import tokenize
 
@@ -108,6 +110,34 @@ def test_exact_answers_are_of_rounded_weights():
     images = workload.exact("image", weights, data["image"], torch.float32)
     logits = workload.exact_logits(images, texts, weights["logit_scale"])
     torch.testing.assert_close(logits, reference.forward(weights, data["image"], data["text"])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tower_is_computed_once_for_all_its_groups(dtype, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
+    captions, name = workload.Captions(8, 24), str(dtype).removeprefix("torch.")
+    towers = ("image", "text", "both")
+    groups = [plan.Group("tiny", name, tower, batch, "8-24") for tower in towers for batch in (1, 5, 12)]
+    # of another dtype, and one that would not fit into memory
+    others = [groups[0]._replace(dtype="float16"), groups[0]._replace(batch=10**9)]
+    # of the last batch not every sample: 2 at the least
+    found = Exact(plan.Costs({"float32": 1e8, name: 1e8}, {"tiny": TINY}), others + groups, captions)
+    exact, calls = workload.exact, []
+    monkeypatch.setattr(workload, "exact", lambda tower, *rest: calls.append(tower) or exact(tower, *rest))
+    weights = workload.random_weights(TINY)
+    spec = peers.Spec(weights, TINY, dtype)
+    assert found.seconds(groups) > 0
+    for group in groups:
+        data = workload.inputs(TINY, group.batch, captions)
+        truth = found.truth(group, spec)
+        assert truth.chosen[0] == 0 and truth.chosen[-1] == group.batch - 1
+        answers = [exact(tower, weights, data[tower][truth.chosen], dtype) for tower in workload.TOWERS]
+        logits = workload.exact_logits(*answers, weights["logit_scale"])
+        expected = dict(zip(towers, (*answers, logits), strict=True))[group.tower]
+        torch.testing.assert_close(truth.exact, expected, rtol=1e-9, atol=1e-9)
+        assert truth.exact.dtype == torch.float64
+    assert calls == ["image", "text"]
+    assert found.seconds(groups) == 0 and found.seconds(others) > 0
 
 
 def test_captions_of_a_file_are_tokenised_and_spread(tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipfast import roofline
 from clipfast.architectures import ARCHITECTURES
-from clipfast.bench import ceilings, contest, environment, exact, harness, output, peers, plan, tables, workload
+from clipfast.bench import ceilings, contest, environment, harness, output, peers, plan, tables, workload
 from clipfast.bench.budget import Budget
 from clipfast.bench.exact import Exact
 from clipfast.bench.harness import Row, significant
@@ -70,7 +70,7 @@ class Run:
             for batch in options.batch
         ]
         self.costs = plan.Costs(self.ceilings, ARCHITECTURES)
-        self.exact = Exact(self.costs)
+        self.exact = Exact(self.costs, self.groups, options.captions)
         self.path = self._open()
 
     def _open(self) -> Path:
@@ -155,7 +155,7 @@ class Run:
         overhead = sum(
             self.costs.start(model, dtype, len(named)) for model, dtype in {(g.model, g.dtype) for g in rest[1:]}
         )
-        overhead += exact.SECONDS * len(rest) / 2
+        overhead += self.exact.seconds(rest)
         seconds = self.budget.left() - overhead
         chosen = plan.choose(rest, named, self.costs, rounds, seconds)
         able = [peer for peer in named if peer.name in chosen[group]]
@@ -259,7 +259,7 @@ class Run:
     ) -> None:
         entries, prepared = self._entries(group, spec, batch, names, built, rows)
         self.bar.say(f"{group.title()}: float64 reference")
-        truth = self.exact.truth(group, spec, batch)
+        truth = self.exact.truth(group, spec)
         by_name = {peer.name: peer for peer in self.peers}
         alone: dict[str, float] = {}  # contestant -> seconds of its first call
         first: dict[str, float] = {}  # peer -> the same of all its contestants
