@@ -181,9 +181,6 @@ class Run:
         for group in self.groups:
             if (group.model, group.dtype) == (model, dtype):
                 self._group(group, spec, built)
-                # what is compiled for one size is of no use to the next
-                torch.compiler.reset()
-                gc.collect()
 
     def _group(self, group: Group, spec: peers.Spec, built: dict[str, peers.Prepare]) -> None:
         """Build, check, time, print and write one group; what was measured is kept when somebody interrupts."""
@@ -213,6 +210,10 @@ class Run:
                 elif peer.name not in names and peer.name not in self.missing:
                     rows.setdefault(peer.name, skipped)
             self._report(group, spec.architecture, rows, text)
+        # what is compiled for one size is of no use to the next; both lie in cycles, and looking for them takes 0.3 s
+        if group.tower == "train" or any(peer.prepares and peer.name in names for peer in self.peers):
+            torch.compiler.reset()
+            gc.collect()
 
     def _entries(
         self,
