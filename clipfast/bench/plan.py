@@ -19,10 +19,12 @@ LEAST_ROUNDS, FEW = 3, 5
 LEAST_SECONDS, QUICK_ROUND = 20.0, 2.0
 # of a machine's best product, what a model that nobody has timed yet is supposed to reach
 FIRST_GUESS = 0.3
+# how much longer a model takes than another's rate says: images of ViT-L/14 by ViT-B/32's 1.0 to 2.1 times as long
+OTHER_MODEL = 1.4
 # float64 on a CPU, as a share of the float32 ceiling
 DOUBLE = 0.2
-# seconds of building one peer's model, for each parameter
-BUILD = 4e-9
+# seconds of building one peer's model, for each parameter: an AMD EPYC's two cores, 2026-11-22, into fresh memory
+BUILD = 3e-9
 # where a compiler is first asked: the largest batch of which a call takes less than this
 COMPILE_SECONDS = 3.0
 # as how much of its time a job counts: who needs no preparation first, then one row of a compiler, its others last
@@ -50,6 +52,7 @@ class Costs:
     def __init__(self, ceilings: Mapping[str, float], architectures: Mapping[str, Mapping[str, Any]]):
         self.ceilings, self.architectures = ceilings, architectures
         self._rates: dict[tuple[str, str, str], float] = {}  # (peer, dtype, tower) -> dense FLOP/s
+        self._timed: set[tuple[str, str, str, str]] = set()  # (peer, model, dtype, tower)
         self._prepares: dict[str, float] = {}  # peer -> seconds a layer
 
     def flops(self, group: Group) -> float:
@@ -66,7 +69,7 @@ class Costs:
         """One call of each of the peer's contestants."""
         known = self._rates.get((peer, group.dtype, group.tower))
         if known is not None:
-            return self.flops(group) / known
+            return self.flops(group) / known * (1.0 if (peer, *group[:3]) in self._timed else OTHER_MODEL)
         contestants = 2 if peer == "transformers" and group.tower == "text" else 1
         return contestants * self.flops(group) / (FIRST_GUESS * self.ceilings[group.dtype])
 
@@ -76,12 +79,13 @@ class Costs:
 
     def learn(self, group: Group, peer: str, seconds: float) -> None:
         self._rates[peer, group.dtype, group.tower] = self.flops(group) / max(seconds, 1e-9)
+        self._timed.add((peer, *group[:3]))
 
     def learn_prepare(self, group: Group, peer: str, seconds: float) -> None:
         self._prepares[peer] = seconds / self.layers(group)
 
     def start(self, model: str, dtype: str, peers: int) -> float:
-        """Building everybody's model."""
+        """Drawing the weights and building everybody's model."""
         sizes = self.architectures[model]
         # three parameters in four are in the blocks: 12 W^2 each
         width, text_width = sizes["vision_width"], sizes["transformer_width"]
@@ -116,7 +120,8 @@ class Calls(NamedTuple):
 
     @property
     def all(self) -> int:
-        return self.rounds + (not self.check_counts)
+        """With the check and the round of warm-up, where they do not count."""
+        return self.rounds + 2 * (not self.check_counts)
 
 
 def calls_of(group: Group, peers: Iterable[Peer], costs: Costs, rounds: Rounds) -> Calls:

@@ -152,9 +152,8 @@ class Run:
         named = [peer for peer in self.peers if peer.name not in self.missing]
         rounds = plan.Rounds(options.rounds, options.tail, SHARE * self.budget.left() / len(rest))
         self.rounds = rounds
-        overhead = sum(
-            self.costs.start(model, dtype, len(named)) for model, dtype in {(g.model, g.dtype) for g in rest[1:]}
-        )
+        built = {g[:2] for g in self.groups if g not in rest}
+        overhead = sum(self.costs.start(*pair, len(named)) for pair in {g[:2] for g in rest} - built)
         overhead += self.exact.seconds(rest)
         seconds = self.budget.left() - overhead
         chosen = plan.choose(rest, named, self.costs, rounds, seconds)
