@@ -31,11 +31,11 @@ ROUNDS = plan.Rounds(15, 100, 10.0)
 ENDLESS = float("inf")
 
 
-def total(chosen, known):
+def total(chosen, known, rounds=ROUNDS):
     named = {peer.name: peer for peer in everybody()}
     found = 0.0
     for group, names in chosen.items():
-        calls = plan.calls_of(group, everybody(), known, ROUNDS).all
+        calls = plan.calls_of(group, everybody(), known, rounds).all
         found += sum(known.prepare(group, named[n]) + calls * known.call(group, n) for n in names)
     return found
 
@@ -128,6 +128,36 @@ def test_a_compiler_has_one_row_of_each_model_and_dtype_before_it_has_two():
         if len(rows) == 4:
             assert len({(group.dtype, group.tower) for group in rows}) == 4
             assert all(group.batch == 32 for group in rows)
+
+
+def test_a_compiler_that_has_its_row_is_not_asked_first_again():
+    known, rest = costs(), groups(8, models=("tiny",))
+    compiler = everybody()[-1]
+
+    def weights():
+        found = plan.jobs(rest[1:], everybody(), known, ROUNDS)
+        return [job.weight for job in found if compiler in job.peers]
+
+    assert weights() == [plan.COMPILED]
+    known.learn(rest[0], compiler.name, 0.1)
+    assert weights() == [1.0], "the first of the other tower"
+    known.learn(rest[1], compiler.name, 0.1)
+    assert weights() == [plan.LATER]
+
+
+def test_a_compilers_further_rows_leave_the_time_to_who_was_short_of_it():
+    known, rest = costs(), groups(8, models=("tiny",))
+    compiler = everybody()[-1]
+    for group in rest:
+        for peer in everybody():
+            slow = group.tower == "image" and peer.name == "transformers"
+            known.learn(group, peer.name, 19.0 if slow else 1.0)
+    known.learn_prepare(rest[1], compiler.name, 1.0)
+    few = ROUNDS._replace(share=0.0)
+    seconds = total(plan.choose(rest, everybody(), known, few, ENDLESS), known, few) - 10
+    chosen = plan.choose(rest, everybody(), known, few, seconds)
+    assert sum("transformers" in names for names in chosen.values()) == 1
+    assert not any(compiler.name in names for names in chosen.values())
 
 
 def test_where_calls_are_slow_the_check_is_the_first_round():

@@ -28,7 +28,7 @@ BUILD = 3e-9
 # where a compiler is first asked: the largest batch of which a call takes less than this
 COMPILE_SECONDS = 3.0
 # as how much of its time a job counts: who needs no preparation first, then one row of a compiler, its others last
-FIRST, COMPILED, LATER = 0.25, 0.3, 4.0
+FIRST, COMPILED, LATER = 0.1, 0.3, 4.0
 
 
 class Group(NamedTuple):
@@ -80,6 +80,10 @@ class Costs:
     def learn(self, group: Group, peer: str, seconds: float) -> None:
         self._rates[peer, group.dtype, group.tower] = self.flops(group) / max(seconds, 1e-9)
         self._timed.add((peer, *group[:3]))
+
+    def timed(self, group: Group, peer: str) -> set[str]:
+        """The towers in which the peer was timed in this model and dtype, in a batch of any size."""
+        return {tower for name, model, dtype, tower in self._timed if (name, model, dtype) == (peer, *group[:2])}
 
     def learn_prepare(self, group: Group, peer: str, seconds: float) -> None:
         self._prepares[peer] = seconds / self.layers(group)
@@ -159,10 +163,12 @@ def jobs(groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: R
 def _compiler_weight(group: Group, groups: Sequence[Group], peer: Peer, costs: Costs) -> float:
     """One row of each model and dtype comes before the other tower's, and both before further batch sizes."""
     same = [other for other in groups if other[:2] == group[:2]]
-    if group == _asked_first(same, peer, costs):
+    timed = costs.timed(group, peer.name)
+    if not timed and group == _asked_first(same, peer, costs):
         return peer.weight * COMPILED
     same = [other for other in same if other.tower == group.tower]
-    return peer.weight if group == _asked_first(same, peer, costs) else peer.weight * LATER
+    first = group.tower not in timed and group == _asked_first(same, peer, costs)
+    return peer.weight if first else peer.weight * LATER
 
 
 def _asked_first(groups: Sequence[Group], peer: Peer, costs: Costs) -> Group:
@@ -176,12 +182,16 @@ def choose(
 ) -> dict[Group, list[str]]:
     """The peers of each group that fit into `seconds` together; none for a group whose first job does not."""
     chosen: dict[Group, list[str]] = {group: [] for group in groups}
-    left = seconds
+    left, missed = seconds, False
     found = list(jobs(groups, peers, costs, rounds))
     bases = {job.group: job.seconds * job.weight for job in found if job.base}
     for job in sorted(found, key=lambda job: (max(bases[job.group], job.seconds * job.weight), not job.base)):
-        if job.seconds <= left and (job.base or chosen[job.group]):
+        # what somebody before it was short of is not for a compiler's further rows: predictions get better
+        waits = missed and job.weight > COMPILED and any(peer.prepares for peer in job.peers)
+        if job.seconds <= left and (job.base or chosen[job.group]) and not waits:
             chosen[job.group] += [peer.name for peer in job.peers]
             left -= job.seconds
+        else:
+            missed = True
     order: Callable[[str], int] = [peer.name for peer in peers].index
     return {group: sorted(names, key=order) for group, names in chosen.items()}

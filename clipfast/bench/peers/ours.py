@@ -44,4 +44,4 @@ def build_prepacked(spec: Spec) -> Prepare:
 
 
 PEER = Peer(OURS, OURS, build)
-PACKED = Peer(PREPACKED, OURS, build_prepacked, weight=16.0, devices=("cpu",))
+PACKED = Peer(PREPACKED, OURS, build_prepacked, weight=40.0, devices=("cpu",))
