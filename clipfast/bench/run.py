@@ -33,7 +33,7 @@ START_COLUMNS = (
     *("first_image_s", "second_image_s", "first_text_s", "second_text_s", "base_bytes", "peak_bytes", "note"),
 )
 # kept of the time for tables, plots and what a prediction is wrong by
-RESERVE = 0.03
+RESERVE = 0.015
 # the share of it after which no further contestant's start is measured
 START = 0.1
 # of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
