@@ -254,6 +254,14 @@ def test_a_large_batch_goes_through_the_blocks_in_parts(monkeypatch, rows):
     assert ours.encode_text(texts).requires_grad and len(seen) == 1, "gradients keep everything anyway"
 
 
+def test_how_many_rows_go_through_the_blocks_together():
+    def rows(device, dtype):
+        return tuning.rows_at_a_time(torch.device(device), 1024, dtype)
+
+    assert rows("cpu", torch.bfloat16) == rows("cpu", torch.float16) == 4096
+    assert rows("cpu", torch.float32) is None and rows("cuda", torch.bfloat16) is None
+
+
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_float16(config):
     """Small: openai-clip's float16 convolutions are slow on a CPU."""
