@@ -145,11 +145,11 @@ def linear(
         return measured
     if dtype == torch.float32:
         # no tensor cores in true float32: fused multiply-adds on a tile that fits the registers. 64 x 64 in 4 warps, or
-        # 16 x 64, spill one where rows are not 16-byte aligned, and with a pre-activation stored beside 8 warps do too
-        # (compile report); on sm_90 so does 64 x 64 with steps of 32, and on sm_100 and 120 16 x 32 with steps of 64
+        # 16 x 64, spill one where rows are not 16-byte aligned, and so do 64 x 64 in 8 warps with a pre-activation
+        # stored, on sm_90 and, by Triton 3.6, on sm_120; on sm_100 and 120 16 x 32 with steps of 64 (compile report)
         if n_rows <= 16:
             return LinearConfig(16, 32, 32 if arch >= 100 else 64, warps=4, stages=3)
-        return LinearConfig(64, 32 if pre else 64, 16 if arch == 90 and not pre else 32, warps=8, stages=3)
+        return LinearConfig(64, 32 if pre or arch in (90, 120) else 64, 32, warps=8, stages=3)
     if n_rows <= FEW_ROWS:
         return _linear_of_few_rows(n_rows, n_cols, n_terms, arch)
     if arch in (90, 100) and described:

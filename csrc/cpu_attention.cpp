@@ -81,7 +81,7 @@ void store_row(T *to, const float *from, int n, float factor) {
 
 // exp(x) for x <= 0, and 0 below -87: Cody and Waite's reduction, a polynomial of degree 6. NaN stays NaN
 Floats exp_of_negative(Floats x) {
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+    constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: adding it leaves no fraction
     const Floats n = (x * LOG2E + ROUND) - ROUND;
     const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Floats p = r * 1.9875691e-4f + 1.3981999e-3f;
@@ -118,7 +118,7 @@ void product(const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
 
 template <int C>
 void product_of_columns(int n, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int k,
-                                                bool add) {
+                        bool add) {
     for (; n >= DOWN; n -= DOWN, a += DOWN * lda, c += DOWN * ldc) product<DOWN, C>(a, lda, b, ldb, c, ldc, k, add);
     switch (n) {
         case 5: return product<5, C>(a, lda, b, ldb, c, ldc, k, add);
@@ -151,7 +151,7 @@ Floats across_lanes(Floats x, Join join) {
     return x;
 }
 
-// scores[0, seen) -> exp(score - greatest), then zeros up to a multiple of LANES that is at least `columns`
+// scores[0, seen) -> exp(score - greatest), scores[seen, columns) -> 0; columns a multiple of LANES
 // Returns 1 / their sum.
 float softmax(float *scores, int64_t seen, int64_t columns) {
     for (int64_t j = seen; j < columns; j++) scores[j] = -__builtin_inff();

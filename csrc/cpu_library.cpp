@@ -12,10 +12,13 @@ bool has(int instructions) {
 #if defined(__x86_64__)
     switch (instructions) {
         case CLIPFAST_CPU_BASELINE: return true;
-        case CLIPFAST_CPU_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        // what separates x86-64-v3 and v4 from the CPUs before them
+        case CLIPFAST_CPU_AVX2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
         case CLIPFAST_CPU_AVX512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+            return has(CLIPFAST_CPU_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl");
     }
     return false;
 #else
