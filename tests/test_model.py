@@ -255,10 +255,11 @@ def test_a_large_batch_goes_through_the_blocks_in_parts(monkeypatch, rows):
 
 
 def test_how_many_rows_go_through_the_blocks_together():
-    def rows(device, dtype):
-        return tuning.rows_at_a_time(torch.device(device), 1024, dtype)
+    def rows(device, dtype, width=1024):
+        return tuning.rows_at_a_time(torch.device(device), width, dtype)
 
     assert rows("cpu", torch.bfloat16) == rows("cpu", torch.float16) == 4096
+    assert rows("cpu", torch.bfloat16, 512) == 8192
     assert rows("cpu", torch.float32) is None and rows("cuda", torch.bfloat16) is None
 
 
