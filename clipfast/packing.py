@@ -72,7 +72,7 @@ class Rows:
 
         About the same number of rows each, so that the last is no remainder.
         """
-        goal = max(1, self.total) / max(1, -(-self.total // most))
+        goal = self.total / max(1, -(-self.total // most))
         parts: list[tuple[slice, slice, Rows]] = []
         first = begin = end = 0
         for sequence, length in enumerate(self.lengths):

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
 from clipfast import reference, tuning
 from clipfast.checkpoints import to_huggingface
 from clipfast.model import Transformer
+from clipfast.packing import Rows
 
 from . import peers
 from .accuracy import assert_accurate, assert_embeddings
@@ -248,10 +250,14 @@ def test_a_large_batch_goes_through_the_blocks_in_parts(monkeypatch, rows):
     with torch.no_grad():
         for name, x, wanted in (("image", images, exact[0]), ("text", texts, exact[1])):
             torch.testing.assert_close(getattr(ours, f"encode_{name}")(x), wanted, rtol=1e-10, atol=1e-10)
+    of_two = torch.tensor([0, 4]), False
     total = 5 * len(ours.visual.positional_embedding) + int((texts.argmax(dim=-1) + 1).sum())
     assert sum(seen) == total and (len(seen) == 2) == (rows == 10_000)
     seen.clear()
     assert ours.encode_text(texts).requires_grad and len(seen) == 1, "gradients keep everything anyway"
+    with torch.no_grad(), FlopCounterMode(display=False):
+        ours.visual.transformer.pooled(torch.randn(8, ours.visual.transformer.width).double(), Rows((4, 4)), *of_two)
+    assert len(seen) == 2, "and who looks at each operator sees them once"
 
 
 def test_how_many_rows_go_through_the_blocks_together():
