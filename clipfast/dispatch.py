@@ -78,22 +78,24 @@ def _not_eager(call: Call, *, grad: bool = False) -> str | None:
     return "autocast is on" if call.autocast and not (grad and call.grad) else None
 
 
+def _lacks_dtype(call: Call, what: str) -> str | None:
+    return None if call.dtype in (torch.float32, *HALVES) else f"has no {_short(call.dtype)} {what}"
+
+
+def _not_on_this_cpu(call: Call, what: str) -> str | None:
+    return f"runs on a CPU, not on {call.device}" if call.device != "cpu" else _lacks_dtype(call, what)
+
+
 def _onednn_refuses(operator: str, call: Call) -> str | None:
-    if call.device != "cpu":
-        return f"runs on a CPU, not on {call.device}"
-    if call.dtype not in (torch.float32, *HALVES):
-        return f"has no {_short(call.dtype)} products"
+    if reason := _not_on_this_cpu(call, "products"):
+        return reason
     if call.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bfloat16 products (AVX-512 needed)"
     return _not_eager(call) or onednn.missing() or (None if call.onednn else "torch.backends.mkldnn.enabled is False")
 
 
 def _cpu_refuses(operator: str, call: Call) -> str | None:
-    if call.device != "cpu":
-        return f"runs on a CPU, not on {call.device}"
-    if call.dtype not in (torch.float32, *HALVES):
-        return f"has no {_short(call.dtype)} kernel"
-    return _not_eager(call) or cpu_attention.missing()
+    return _not_on_this_cpu(call, "kernel") or _not_eager(call) or cpu_attention.missing()
 
 
 def _gpu_refuses(call: Call) -> str | None:
@@ -107,18 +109,14 @@ def _gpu_refuses(call: Call) -> str | None:
 
 
 def _cuda_refuses(operator: str, call: Call) -> str | None:
-    reason = _gpu_refuses(call)
-    if reason is None and call.dtype not in (torch.float32, *HALVES):
-        reason = f"has no {_short(call.dtype)} kernels"
-    return reason or _not_eager(call) or native.missing()
+    return _gpu_refuses(call) or _lacks_dtype(call, "kernels") or _not_eager(call) or native.missing()
 
 
 def _triton_refuses(operator: str, call: Call) -> str | None:
     reason = library.triton_missing()
     if reason is None and not (call.device == "cpu" and library.interpreted()):
         reason = _gpu_refuses(call)
-    if reason is None and call.dtype not in (torch.float32, *HALVES):
-        reason = f"has no {_short(call.dtype)} kernels"
+    reason = reason or _lacks_dtype(call, "kernels")
     if reason is None and operator == "attention" and call.shape and not _head_width_fits(*call.shape):
         reason = f"heads are {call.shape[0]} wide; its kernels want a multiple of 16 up to 128"
     products = ("linear", "mlp", "attention_pool", "project", "logits")

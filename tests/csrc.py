@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def built(library: SharedLibrary, folder: Path, compiler: str, options: list[str
         assert done.returncode == 0, done.stdout + done.stderr
         assert "warning" not in done.stderr, done.stderr
     return folder / library.path.name
+
+
+@contextlib.contextmanager
+def loaded_from(library: SharedLibrary, path: Path) -> Iterator[ctypes.CDLL]:
+    """Inside the block it is this file, afterwards the installed one again."""
+    installed = library.path
+    library.forget(path)
+    assert library.missing() is None
+    yield library.use()
+    library.forget(installed)
 
 
 def assert_header_agrees(header: str, library: SharedLibrary, struct: type[ctypes.Structure]) -> None:

@@ -32,11 +32,8 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def library(built) -> ctypes.CDLL:
-    installed = cpu_attention.LIBRARY.path
-    cpu_attention.LIBRARY.forget(built)
-    assert cpu_attention.missing() is None
-    yield cpu_attention.LIBRARY.use()
-    cpu_attention.LIBRARY.forget(installed)
+    with csrc.loaded_from(cpu_attention.LIBRARY, built) as loaded:
+        yield loaded
 
 
 @pytest.fixture(params=FORMS)

@@ -32,11 +32,8 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def library(built) -> ctypes.CDLL:
-    installed = native.LIBRARY.path
-    native.LIBRARY.forget(built)
-    assert native.missing() is None
-    yield native.LIBRARY.use()
-    native.LIBRARY.forget(installed)
+    with csrc.loaded_from(native.LIBRARY, built) as loaded:
+        yield loaded
 
 
 def vit(dtype, pixels, shape, ln_pre=False) -> Case:

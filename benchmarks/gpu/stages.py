@@ -35,8 +35,8 @@ def build(run: Run, budget: Budget) -> None:
     # for this GPU alone: code for every architecture takes several times as long
     architecture = tuning.known(tuning.architecture(run.device))
     folder = ROOT / "build" / f"cmake-sm_{architecture}"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DCLIPFAST_ARCHITECTURES={architecture}"]
-    configure.append("-DCLIPFAST_CPU=OFF")
+    options = [f"-DCLIPFAST_ARCHITECTURES={architecture}", "-DCLIPFAST_CPU=OFF"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *options]
     environment = {**os.environ, "CUDACXX": nvcc() or ""}
     for command in (configure, ["cmake", "--build", str(folder), "--parallel"]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=max(1, budget.left()))
