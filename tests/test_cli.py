@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -433,11 +432,16 @@ def test_interleaved_rotates_and_counts():
     assert {one[0] for one in rounds[2:]} == {"a", "b", "c"}
 
 
-def test_interleaved_measures_each_function():
-    functions = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.02)}
-    found = timing.medians(timing.interleaved(functions, rounds=3))
-    assert list(found) == ["short", "long"]
-    assert 0.001 <= found["short"] < found["long"] and found["long"] >= 0.02
+def test_interleaved_measures_each_function(monkeypatch):
+    clock = [0.0]
+
+    def takes(seconds):
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    found = timing.interleaved({"short": takes(0.25), "long": takes(4.0)}, rounds=3)
+    assert found == {"short": [0.25] * 3, "long": [4.0] * 3}
+    assert timing.medians({"short": [1.0, 9.0, 2.0], "long": [4.0]}) == {"short": 2.0, "long": 4.0}
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"rounds": 1, "warmup": -1}])
