@@ -18,7 +18,7 @@ from clipfast import reference
 from clipfast.bench import environment, harness, output
 from clipfast.bench.accuracy import relative_rms
 from clipfast.dispatch import backend
-from clipfast.kernels import cpu_attention
+from clipfast.kernels import cpu_library
 from clipfast.ops import attention
 from clipfast.packing import Rows
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = options.dtypes.split(",")
     if not set(dtypes) <= set(harness.DTYPES):
         parser.error(f"dtypes: expected some of {', '.join(harness.DTYPES)}, got {options.dtypes}")
-    if why := cpu_attention.missing():
+    if why := cpu_library.missing():
         parser.error(why)
     if options.threads:
         torch.set_num_threads(options.threads)

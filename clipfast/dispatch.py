@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clipfast import reference, tuning
-from clipfast.kernels import cpu_attention, eager, eager_gradients, library, native, onednn
+from clipfast.kernels import cpu_attention, cpu_library, cpu_linear, eager, eager_gradients, library, native, onednn
 from clipfast.kernels.loss_autograd import contrastive_loss
 
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
@@ -95,7 +95,23 @@ def _onednn_refuses(operator: str, call: Call) -> str | None:
 
 
 def _cpu_refuses(operator: str, call: Call) -> str | None:
-    return _not_on_this_cpu(call, "kernel") or _not_eager(call) or cpu_attention.missing()
+    reason = _not_on_this_cpu(call, "kernel") or _not_eager(call) or cpu_library.missing()
+    if reason is None and operator in _CPU_PRODUCTS:
+        if call.dtype == torch.float16:
+            return "has no float16 products"
+        return _mixed(call)
+    return reason
+
+
+def _cpu_yields(operator: str, call: Call) -> str | None:
+    if operator not in _CPU_PRODUCTS:
+        return None
+    return tuning.onednn_is_better(call.dtype, call.rows, cpu_library.best(), _has_amx())
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def _gpu_refuses(call: Call) -> str | None:
@@ -120,9 +136,14 @@ def _triton_refuses(operator: str, call: Call) -> str | None:
     if reason is None and operator == "attention" and call.shape and not _head_width_fits(*call.shape):
         reason = f"heads are {call.shape[0]} wide; its kernels want a multiple of 16 up to 128"
     products = ("linear", "mlp", "attention_pool", "project", "logits")
-    if reason is None and operator in products and call.shape and not call.autocast:
-        reason = None if call.shape[0] else "the operands differ in dtype"
+    if reason is None and operator in products and not call.autocast:
+        reason = _mixed(call)
     return reason or _not_eager(call, grad=True)
+
+
+def _mixed(call: Call) -> str | None:
+    """Of an operator whose first fact is whether its operands have one dtype."""
+    return "the operands differ in dtype" if call.shape and not call.shape[0] else None
 
 
 def _head_width_fits(width: int) -> bool:
@@ -149,7 +170,8 @@ def _torch_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
 
 
 def _cpu_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
-    return {"attention": cpu_attention.attention}
+    products = {name: getattr(cpu_linear, name) for name in _CPU_PRODUCTS}
+    return {"attention": cpu_attention.attention, **products}
 
 
 def _cuda_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
@@ -183,7 +205,8 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "logits": reference.logits,
     "contrastive_loss": _reference_loss,
 }
-_ONEDNN = ("linear", "mlp", "patch_embed", "project")
+_CPU_PRODUCTS = ("linear", "mlp", "patch_embed")
+_ONEDNN = (*_CPU_PRODUCTS, "project")
 
 _BACKENDS = (
     Backend("cuda", _cuda_refuses, _never, _cuda_operators, ("patch_embed",)),
@@ -191,7 +214,7 @@ _BACKENDS = (
     Backend(
         "triton", _triton_refuses, _triton_yields, _triton_operators, without_gradients=("attention_pool", "logits")
     ),
-    Backend("cpu", _cpu_refuses, _never, _cpu_operators, ("attention",)),
+    Backend("cpu", _cpu_refuses, _cpu_yields, _cpu_operators, ("attention", *_CPU_PRODUCTS)),
     Backend("onednn", _onednn_refuses, _never, lambda call: {name: getattr(onednn, name) for name in _ONEDNN}, _ONEDNN),
     Backend("torch", _never, _never, _torch_operators),
     Backend("reference", _never, lambda operator, call: "runs only when forced", lambda call: _REFERENCE),
@@ -293,7 +316,8 @@ def _one_dtype(*tensors: Tensor) -> bool:
 
 
 # What a GPU backend's fitness depends on besides device and dtype, without the number of rows, from an operator's
-# arguments. For those with matrix products the first fact is whether their operands have one dtype.
+# arguments. For those with matrix products the first fact is whether their operands have one dtype; products on a CPU
+# depend on no other.
 _FACTS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "layer_norm": lambda x, *_: (x.shape[-1],),
     "linear": lambda x, w, b, act, res: (
@@ -305,7 +329,7 @@ _FACTS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "mlp": lambda x, nw, nb, w1, b1, w2, *_: (_one_dtype(x, w1, w2), *w1.shape),
     "attention": lambda qkv, *_: (qkv.shape[3],),
     "attention_pool": lambda query, tokens, rows, wq, bq, wk, bk, wv, *_: (_one_dtype(query, tokens, wq, wk, wv),),
-    "patch_embed": lambda images, weight, *_: (str(images.dtype), *weight.shape),
+    "patch_embed": lambda images, weight, *_: (True, str(images.dtype), *weight.shape),
     "project": lambda x, nw, nb, projection, eps: (_one_dtype(x, projection),),
     "logits": lambda images, texts, scale: (_one_dtype(images, texts),),
     "contrastive_loss": lambda images, *_: (images.shape[1],),
@@ -326,12 +350,22 @@ def _call(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], argument
         torch.backends.mkldnn.enabled,
     )
     if device != "cuda" and _forced.get() != "triton":
-        return call
+        if device != "cpu" or operator not in _CPU_PRODUCTS:
+            return call
+        return call._replace(rows=_rows(operator, x, arguments), shape=_FACTS[operator](*arguments)[:1])
     return call._replace(
         architecture=tuning.architecture(x.device),
-        rows=tuning.rows_bucket(x.numel() // max(1, x.shape[-1])),
+        rows=_rows(operator, x, arguments),
         shape=_FACTS[operator](*arguments),
     )
+
+
+def _rows(operator: str, x: Tensor, arguments: tuple[Any, ...]) -> int:
+    """The bucket of an operator's rows: of x, or the patches of all images."""
+    if operator == "patch_embed":
+        images, _, _, positions, *_ = arguments
+        return tuning.rows_bucket(len(images) * (len(positions) - 1))
+    return tuning.rows_bucket(x.numel() // max(1, x.shape[-1]))
 
 
 def _compiled_on(operator: str, device: str, dtype: torch.dtype, autocast: bool, facts: tuple) -> str:

@@ -271,7 +271,30 @@ def patch_weight_bwd(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Towers on a CPU
+# On a CPU
+
+# rows of bfloat16 up to which libclipfast_cpu multiplies faster than oneDNN does, where the CPU multiplies bfloat16
+# itself: at 64 rows 1.2 times as fast, at 100 0.95 times (`python -m benchmarks.linear`; AMD EPYC, Zen 5, two cores)
+FEW_BFLOAT16_ROWS = 64
+# and with AMX, whose products nobody here has timed: as many as a caption, where reading the weight is all the time
+FEW_BFLOAT16_ROWS_AMX = 16
+
+
+def onednn_is_better(dtype: torch.dtype, rows: int, instructions: str, amx: bool) -> str | None:
+    """Why oneDNN's products are preferred to libclipfast_cpu's, or None if they are not.
+
+    rows: the bucket, 0 if unknown.   instructions: the best the library has here.   amx: does this CPU have its tiles?
+
+    In float32 they are 1.2 to 2.6 times as fast as oneDNN's and MKL's with AVX-512 and 1.1 to 3 times with AVX2, in
+    bfloat16 on a CPU that must widen it 2.5 to 3.4 times, from 4 rows to 1,600, as measured (there).
+    """
+    if instructions == "baseline":
+        return "oneDNN has kernels for this CPU (rule of thumb, not measured)"
+    few = FEW_BFLOAT16_ROWS_AMX if amx else FEW_BFLOAT16_ROWS
+    if dtype == torch.bfloat16 and (amx or instructions == "avx512_bf16") and not 0 < rows <= few:
+        return f"oneDNN is as fast in bfloat16 from {few} rows on"
+    return None
+
 
 # Larger blocks glibc takes from the system at each call and gives back at once, to be faulted in page by page.
 MAPPED = 32 << 20

@@ -1,14 +1,14 @@
-/* The C interface of libclipfast_cpu: what clipfast/kernels/cpu_attention.py calls through ctypes.
+/* The C interface of libclipfast_cpu: what clipfast/kernels/cpu_library.py calls through ctypes.
  *
  * Every function returns 0, or a code whose text clipfast_cpu_error_text() gives. Nothing exits, throws or prints. Bump
- * CLIPFAST_CPU_ABI_VERSION with any change here, there and in cpu_attention.py.
+ * CLIPFAST_CPU_ABI_VERSION with any change here and there.
  */
 #ifndef CLIPFAST_CPU_H
 #define CLIPFAST_CPU_H
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 1
+#define CLIPFAST_CPU_ABI_VERSION 2
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -19,9 +19,9 @@ enum clipfast_cpu_dtype { CLIPFAST_CPU_FLOAT32 = 0, CLIPFAST_CPU_BFLOAT16 = 1 };
 
 enum clipfast_cpu_error {
     CLIPFAST_CPU_OK = 0,
-    CLIPFAST_CPU_ERROR_ARGUMENT = -1,    /* a null pointer, a size out of range, an unknown dtype or struct_size */
+    CLIPFAST_CPU_ERROR_ARGUMENT = -1,     /* a null pointer, a size out of range, an unknown dtype or struct_size */
     CLIPFAST_CPU_ERROR_INSTRUCTIONS = -2, /* this CPU has not the instructions asked for */
-    CLIPFAST_CPU_ERROR_MEMORY = -3       /* no memory for keys, values and scores */
+    CLIPFAST_CPU_ERROR_MEMORY = -3        /* no memory for what is computed in between */
 };
 
 /* Which of the compiled forms runs: the best this CPU has, or one by name. */
@@ -29,7 +29,14 @@ enum clipfast_cpu_instructions {
     CLIPFAST_CPU_BEST = 0,
     CLIPFAST_CPU_BASELINE = 1, /* what the compiler assumes of any CPU */
     CLIPFAST_CPU_AVX2 = 2,     /* x86-64-v3 */
-    CLIPFAST_CPU_AVX512 = 3    /* x86-64-v4 */
+    CLIPFAST_CPU_AVX512 = 3,   /* x86-64-v4 */
+    CLIPFAST_CPU_AVX512_BF16 = 4
+};
+
+enum clipfast_cpu_activation {
+    CLIPFAST_CPU_NONE = 0,
+    CLIPFAST_CPU_QUICK_GELU = 1, /* x sigmoid(1.702 x) */
+    CLIPFAST_CPU_GELU = 2        /* x times the normal distribution's share below x */
 };
 
 /* out[t, h] = sum over s of softmax over s of (scale q[t, h] . k[s, h]) v[s, h], s over the rows of t's sequence, and no
@@ -50,14 +57,37 @@ typedef struct clipfast_cpu_attention_args {
     float scale;
 } clipfast_cpu_attention_args;
 
+/* out = activation(x weight^T + bias) + residual. Sums and all that follows are float32, rounded once at the end. */
+typedef struct clipfast_cpu_linear_args {
+    int64_t struct_size;  /* sizeof(clipfast_cpu_linear_args) */
+    const void *x;        /* [rows, terms] of dtype, contiguous like all of these */
+    const void *weight;   /* [columns, terms] */
+    const void *bias;     /* [columns], or null for none */
+    const void *residual; /* [rows, columns], or null for none */
+    void *out;            /* [rows, columns] */
+    int64_t rows;
+    int64_t columns;
+    int64_t terms;
+    int32_t dtype;        /* clipfast_cpu_dtype */
+    int32_t activation;   /* clipfast_cpu_activation */
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+} clipfast_cpu_linear_args;
+
 /* CLIPFAST_CPU_ABI_VERSION of the built library. */
 CLIPFAST_CPU_API int clipfast_cpu_abi_version(void);
+
+/* The best clipfast_cpu_instructions that this CPU has and the library was built for. */
+CLIPFAST_CPU_API int clipfast_cpu_best(void);
 
 /* What a returned code means; never null, static storage. */
 CLIPFAST_CPU_API const char *clipfast_cpu_error_text(int code);
 
 /* Softmax attention of packed rows; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_attention(const clipfast_cpu_attention_args *args);
+
+/* A linear layer, made for few rows; returns when it is done. */
+CLIPFAST_CPU_API int clipfast_cpu_linear(const clipfast_cpu_linear_args *args);
 
 #ifdef __cplusplus
 }

@@ -1,101 +1,21 @@
-// Softmax attention of packed rows on a CPU, compiled once for each instruction set (CMakeLists.txt), as CLIPFAST_FORM.
+// Softmax attention of packed rows on a CPU, compiled once for each instruction set (CMakeLists.txt).
 //
 // One task is one head of one sequence. Its keys are transposed and its values laid out in float32, which the caches
 // hold at CLIP's lengths; then, for a block of queries at a time: scores, softmax, product with the values, all in
 // float32 whatever the type of the rows.
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
 #include "clipfast_cpu.h"
+#include "cpu_vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ACROSS = 4; // 6 x 4 sums in 32 registers
-#elif defined(__AVX2__)
-constexpr int LANES = 8, ACROSS = 2; // 6 x 2 sums in 16 registers
-#else
-constexpr int LANES = 4, ACROSS = 2;
-#endif
+// sums of one product in registers: 6 x 4 vectors of 32, or 6 x 2 of 16
+constexpr int ACROSS = LANES == 16 ? 4 : 2;
 constexpr int DOWN = 6;    // queries that are multiplied together
 constexpr int BLOCK = 48;  // queries whose scores exist at a time
 constexpr int CHAIN = 128; // keys summed in one chain: longer ones would round more than PyTorch's
 constexpr int TURNS = 16;  // in which a thread takes its tasks, if there are so many
-constexpr float LOG2E = 1.44269504f;
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
-Floats load(const float *from) {
-    Floats x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
-
-void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
-
-// bfloat16, as the upper half of a float32
-Floats load(const uint16_t *from) {
-    Halves half;
-    memcpy(&half, from, sizeof half);
-    const Words word = __builtin_convertvector(half, Words) << 16;
-    Floats x;
-    memcpy(&x, &word, sizeof x);
-    return x;
-}
-
-// to the nearest, to even in the middle; a NaN stays one
-void store(uint16_t *to, Floats x) {
-    Words word;
-    memcpy(&word, &x, sizeof word);
-    const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-    const Halves half = __builtin_convertvector((Words)(x == x ? (Ints)rounded : (Ints)(Words{} + 0x7fc0)), Halves);
-    memcpy(to, &half, sizeof half);
-}
-
-// n values as float32, then zeros up to a multiple of LANES
-template <typename T>
-void load_row(const T *from, float *to, int n) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
-    if (i == n) return;
-    T rest[LANES] = {};
-    memcpy(rest, from + i, (n - i) * sizeof(T));
-    store(to + i, load(rest));
-}
-
-template <typename T>
-void store_row(T *to, const float *from, int n, float factor) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i) * factor);
-    if (i == n) return;
-    T rest[LANES];
-    store(rest, load(from + i) * factor);
-    memcpy(to + i, rest, (n - i) * sizeof(T));
-}
-
-// exp(x) for x <= 0, and 0 below -87: Cody and Waite's reduction, a polynomial of degree 6. NaN stays NaN
-Floats exp_of_negative(Floats x) {
-    constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: adding it leaves no fraction
-    const Floats n = (x * LOG2E + ROUND) - ROUND;
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = r * 1.9875691e-4f + 1.3981999e-3f;
-    p = p * r + 8.3334519e-3f;
-    p = p * r + 4.1665795e-2f;
-    p = p * r + 1.6666665e-1f;
-    p = p * r + 0.5f;
-    p = p * (r * r) + r + 1.0f;
-    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-    Floats power;
-    memcpy(&power, &exponent, sizeof power);
-    const Floats zero = {};
-    return x < -87.0f ? zero : p * power;
-}
 
 // c[R][C * LANES] = (or +=) a[R][k] . b[k][C * LANES]
 template <int R, int C>
@@ -140,17 +60,6 @@ void product(int n, int64_t columns, const float *a, int64_t lda, const float *b
     for (; j < columns; j += LANES) product_of_columns<1>(n, a, lda, b + j, ldb, c + j, ldc, k, add);
 }
 
-// x with its halves exchanged, then their halves and so on: after log2(LANES) steps every lane has met every other
-template <typename Join>
-Floats across_lanes(Floats x, Join join) {
-    for (int step = LANES / 2; step > 0; step /= 2) {
-        Ints places;
-        for (int i = 0; i < LANES; i++) places[i] = i ^ step;
-        x = join(x, __builtin_shuffle(x, places));
-    }
-    return x;
-}
-
 // scores[0, seen) -> exp(score - greatest), scores[seen, columns) -> 0; columns a multiple of LANES
 // Returns 1 / their sum.
 float softmax(float *scores, int64_t seen, int64_t columns) {
@@ -160,14 +69,14 @@ float softmax(float *scores, int64_t seen, int64_t columns) {
         const Floats x = load(scores + j);
         greatest = x > greatest ? x : greatest;
     }
-    greatest = across_lanes(greatest, [](Floats a, Floats b) { return a > b ? a : b; });
+    greatest = across_lanes<LANES / 2>(greatest, [](Floats a, Floats b) { return a > b ? a : b; });
     Floats sums = {};
     for (int64_t j = 0; j < columns; j += LANES) {
         const Floats weight = exp_of_negative(load(scores + j) - greatest);
         store(scores + j, weight);
         sums += weight;
     }
-    return 1 / across_lanes(sums, [](Floats a, Floats b) { return a + b; })[0];
+    return 1 / across_lanes<LANES / 2>(sums, [](Floats a, Floats b) { return a + b; })[0];
 }
 
 struct Sizes {
@@ -274,6 +183,6 @@ int attend_all(const clipfast_cpu_attention_args &args) {
 
 } // namespace
 
-int CLIPFAST_FORM(const clipfast_cpu_attention_args &args) {
+int CLIPFAST_IN_THIS_FORM(clipfast_cpu_attention)(const clipfast_cpu_attention_args &args) {
     return args.dtype == CLIPFAST_CPU_BFLOAT16 ? attend_all<uint16_t>(args) : attend_all<float>(args);
 }

@@ -1,10 +1,16 @@
 // The entry points of libclipfast_cpu: arguments are checked here, once, and the form for this CPU is chosen.
 #include "clipfast_cpu.h"
 
-// One for each instruction set, all from cpu_attention.cpp.
-int clipfast_cpu_attention_baseline(const clipfast_cpu_attention_args &args);
-int clipfast_cpu_attention_avx2(const clipfast_cpu_attention_args &args);
-int clipfast_cpu_attention_avx512(const clipfast_cpu_attention_args &args);
+// One of each for each instruction set.
+#define CLIPFAST_DECLARE(form)                                                  \
+    int clipfast_cpu_attention_##form(const clipfast_cpu_attention_args &args); \
+    int clipfast_cpu_linear_##form(const clipfast_cpu_linear_args &args);
+CLIPFAST_DECLARE(baseline)
+#if defined(__x86_64__)
+CLIPFAST_DECLARE(avx2)
+CLIPFAST_DECLARE(avx512)
+CLIPFAST_DECLARE(avx512_bf16)
+#endif
 
 namespace {
 
@@ -19,6 +25,7 @@ bool has(int instructions) {
             return has(CLIPFAST_CPU_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vl");
+        case CLIPFAST_CPU_AVX512_BF16: return has(CLIPFAST_CPU_AVX512) && __builtin_cpu_supports("avx512bf16");
     }
     return false;
 #else
@@ -27,19 +34,45 @@ bool has(int instructions) {
 }
 
 int best() {
-    int instructions = CLIPFAST_CPU_AVX512;
+    int instructions = CLIPFAST_CPU_AVX512_BF16;
     while (!has(instructions)) instructions--;
     return instructions;
 }
 
-bool valid(const clipfast_cpu_attention_args *args) {
-    return args != nullptr && args->struct_size == sizeof *args && args->sequences >= 0 && args->heads > 0 &&
-           args->width > 0 && args->threads > 0 &&
-           (args->dtype == CLIPFAST_CPU_FLOAT32 || args->dtype == CLIPFAST_CPU_BFLOAT16) &&
-           (args->sequences == 0 || (args->qkv != nullptr && args->out != nullptr && args->offsets != nullptr));
+bool known(int dtype) { return dtype == CLIPFAST_CPU_FLOAT32 || dtype == CLIPFAST_CPU_BFLOAT16; }
+
+bool valid(const clipfast_cpu_attention_args &args) {
+    return args.sequences >= 0 && args.heads > 0 && args.width > 0 &&
+           (args.sequences == 0 || (args.qkv != nullptr && args.out != nullptr && args.offsets != nullptr));
+}
+
+bool valid(const clipfast_cpu_linear_args &args) {
+    return args.rows >= 0 && args.columns >= 0 && args.terms >= 0 && args.activation >= CLIPFAST_CPU_NONE &&
+           args.activation <= CLIPFAST_CPU_GELU &&
+           (args.rows == 0 || args.columns == 0 ||
+            (args.out != nullptr && (args.terms == 0 || (args.x != nullptr && args.weight != nullptr))));
+}
+
+// forms: by number, from CLIPFAST_CPU_BASELINE on
+template <typename Args, int N>
+int run(const Args *args, int (*const (&forms)[N])(const Args &)) {
+    if (args == nullptr || args->struct_size != sizeof *args || args->threads <= 0 || !known(args->dtype) ||
+        !valid(*args))
+        return CLIPFAST_CPU_ERROR_ARGUMENT;
+    const int instructions = args->instructions == CLIPFAST_CPU_BEST ? best() : args->instructions;
+    if (!has(instructions)) return CLIPFAST_CPU_ERROR_INSTRUCTIONS;
+    return forms[instructions - CLIPFAST_CPU_BASELINE](*args);
 }
 
 } // namespace
+
+#if defined(__x86_64__)
+#define CLIPFAST_FORMS(name) {name##_baseline, name##_avx2, name##_avx512, name##_avx512_bf16}
+#else
+#define CLIPFAST_FORMS(name) {name##_baseline}
+#endif
+
+int clipfast_cpu_best(void) { return best(); }
 
 int clipfast_cpu_abi_version(void) { return CLIPFAST_CPU_ABI_VERSION; }
 
@@ -47,20 +80,15 @@ const char *clipfast_cpu_error_text(int code) {
     switch (code) {
         case CLIPFAST_CPU_OK: return "no error";
         case CLIPFAST_CPU_ERROR_ARGUMENT:
-            return "a null pointer, a size out of range, an unknown dtype, or arguments of another version";
+            return "a null pointer, a size out of range, an unknown dtype or activation, or arguments of another version";
         case CLIPFAST_CPU_ERROR_INSTRUCTIONS: return "this CPU has not the instructions asked for";
-        case CLIPFAST_CPU_ERROR_MEMORY: return "no memory for keys, values and scores";
+        case CLIPFAST_CPU_ERROR_MEMORY: return "no memory for what is computed in between";
     }
     return "unknown error";
 }
 
 int clipfast_cpu_attention(const clipfast_cpu_attention_args *args) {
-    if (!valid(args)) return CLIPFAST_CPU_ERROR_ARGUMENT;
-    const int instructions = args->instructions == CLIPFAST_CPU_BEST ? best() : args->instructions;
-    if (!has(instructions)) return CLIPFAST_CPU_ERROR_INSTRUCTIONS;
-#if defined(__x86_64__)
-    if (instructions == CLIPFAST_CPU_AVX512) return clipfast_cpu_attention_avx512(*args);
-    if (instructions == CLIPFAST_CPU_AVX2) return clipfast_cpu_attention_avx2(*args);
-#endif
-    return clipfast_cpu_attention_baseline(*args);
+    return run(args, CLIPFAST_FORMS(clipfast_cpu_attention));
 }
+
+int clipfast_cpu_linear(const clipfast_cpu_linear_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_linear)); }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before transformers or open_clip is imported: a test that asks a hub for a file fails at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,3 +63,33 @@ def poisoned_memory():
 def device() -> str:
     """Where Triton's kernels run: on the GPU, or under the interpreter on the CPU."""
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@pytest.fixture(scope="session")
+def cpu_library_file(tmp_path_factory) -> Path:
+    """libclipfast_cpu, built here if it is not installed."""
+    from clipfast.kernels import cpu_library
+
+    from . import csrc
+
+    return csrc.built(cpu_library.LIBRARY, tmp_path_factory.mktemp("cpu"), "g++", ["-DCLIPFAST_CUDA=OFF"])
+
+
+@pytest.fixture(scope="module")
+def cpu_library(cpu_library_file) -> Iterator[ctypes.CDLL]:
+    from clipfast.kernels import cpu_library
+
+    from . import csrc
+
+    with csrc.loaded_from(cpu_library.LIBRARY, cpu_library_file) as loaded:
+        yield loaded
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+def form(request, cpu_library) -> str:
+    """Each of the instruction sets that libclipfast_cpu is compiled for and this CPU has."""
+    from clipfast.kernels import cpu_library as library
+
+    if library.INSTRUCTIONS[request.param] > cpu_library.clipfast_cpu_best():
+        pytest.skip("this CPU has not the instructions")
+    return request.param

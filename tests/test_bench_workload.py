@@ -12,7 +12,7 @@ from clipfast import CLIP, convert_weights, reference
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import environment, harness, peers, plan, workload
 from clipfast.bench.exact import Exact
-from clipfast.kernels import cpu_attention
+from clipfast.kernels import cpu_attention, cpu_library
 from clipfast.tokenizer import tokenize
 
 from .bench_models import TINY, TINY_RESNET, WORDS
@@ -71,7 +71,7 @@ def test_linear_checks_and_writes(tmp_path, capsys):
     assert capsys.readouterr().out.count("300x512x64") == sum(row["rows"] == "300" for row in rows)
 
 
-@pytest.mark.skipif(cpu_attention.missing() is not None, reason="libclipfast_cpu is not built")
+@pytest.mark.skipif(cpu_library.missing() is not None, reason="libclipfast_cpu is not built")
 def test_attention_checks_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention, "SHAPES", [attention.Shape("some captions", (3, 5, 5), 2, True)])
     path = tmp_path / "attention.csv"

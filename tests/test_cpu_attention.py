@@ -1,9 +1,6 @@
-"""libclipfast_cpu: attention of packed rows on a CPU, in every form this CPU can run, within the house rule."""
+"""Attention of packed rows on a CPU: within the house rule in every form of libclipfast_cpu that this CPU can run."""
 
 from __future__ import annotations
-
-import ctypes
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,37 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import clipfast
-from clipfast import dispatch, ops
+from clipfast import ops
 from clipfast.kernels import cpu_attention
 from clipfast.packing import Rows
 
-from . import csrc
 from .accuracy import assert_accurate
 from .op_cases import Case, attention_case
 
-FORMS = ["baseline", "avx2", "avx512"]
+pytestmark = pytest.mark.usefixtures("cpu_library")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("cpu")
-    return csrc.built(cpu_attention.LIBRARY, folder, "g++", ["-DCLIPFAST_CUDA=OFF"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library(built) -> ctypes.CDLL:
-    with csrc.loaded_from(cpu_attention.LIBRARY, built) as loaded:
-        yield loaded
-
-
-@pytest.fixture(params=FORMS)
-def form(request) -> str:
-    try:
-        cpu_attention.attention(torch.zeros(1, 3, 1, 1), Rows((1,)), True, None, request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return request.param
 
 
 def run(case: Case, form: str = "best") -> Tensor:
@@ -178,12 +153,6 @@ def test_a_scale_of_zero_takes_the_mean():
     check(attention_case([5, 9], 2, causal=True, scale=0.0))
 
 
-def test_the_form_asked_for_is_the_one_that_runs(monkeypatch):
-    monkeypatch.setitem(cpu_attention.INSTRUCTIONS, "avx2", 9)
-    with pytest.raises(RuntimeError, match="has not the instructions"):
-        run(attention_case([3], 1, causal=True), "avx2")
-
-
 def test_rows_with_gaps_between_them():
     qkv = torch.randn(2 * 20, 4, 3, 64)[::2, 1:]
     check(Case("attention", (qkv, [0, 8, 20]), {"causal": True}))
@@ -200,94 +169,8 @@ def test_operator():
     torch.library.opcheck(torch.ops.clipfast.cpu_attention.default, arguments, test_utils=tests)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# When it runs, and what it says when it cannot
-
-
-def _attention_on(dtype: torch.dtype = torch.float32, **options) -> tuple[str, dict[str, str]]:
-    dispatch._usual_backend.cache_clear()
-    (decision,) = [row[3] for row in clipfast.explain("cpu", dtype, **options) if row[0] == "attention"]
-    return decision.backend, dict(decision.others)
-
-
-def test_it_runs_without_gradients_only():
-    assert {_attention_on(dtype)[0] for dtype in DTYPES} == {"cpu"}
-    assert _attention_on(grad=True)[0] == "torch"
-    assert "a gradient is wanted" in _attention_on(grad=True)[1]["cpu"]
-    assert _attention_on(torch.float64)[1]["cpu"] == "has no float64 kernel"
+def test_gradients_are_refused():
     qkv = torch.randn(7, 3, 2, 16, requires_grad=True)
     assert ops.attention(qkv, [0, 7], causal=True).requires_grad
     with clipfast.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' cannot run attention: inference only"):
         ops.attention(qkv, [0, 7], causal=True)
-
-
-def test_a_missing_library_leaves_attention_to_pytorch_and_says_so(monkeypatch, tmp_path):
-    library = cpu_attention.LIBRARY
-    monkeypatch.setattr(library, "loaded", library.load(tmp_path / "libclipfast_cpu.so"))
-    backend, others = _attention_on()
-    assert backend == "torch" and "not built" in others["cpu"] and "CLIPFAST_CPU=1 pip install" in others["cpu"]
-    with pytest.raises(RuntimeError, match="the CPU library is not built"):
-        run(attention_case([3], 1, causal=True))
-
-
-def test_other_versions_and_broken_files(built, tmp_path):
-    csrc.assert_says_why_it_is_missing(cpu_attention.LIBRARY, built, tmp_path, "clipfast_cpu_of_tomorrow")
-
-
-def test_header_and_python_agree():
-    header = (csrc.ROOT / "csrc" / "clipfast_cpu.h").read_text()
-    csrc.assert_header_agrees(header, cpu_attention.LIBRARY, cpu_attention._AttentionArgs)
-    csrc.assert_codes_agree(header, "CLIPFAST_CPU", cpu_attention.INSTRUCTIONS)
-    csrc.assert_codes_agree(header, "CLIPFAST_CPU", {str(d)[6:]: code for d, code in cpu_attention.DTYPES.items()})
-
-
-# as addresses: no sequence, or one without rows
-NO_ROWS = (ctypes.c_int32 * 2)()
-POINTERS = dict.fromkeys(("qkv", "out", "offsets"), ctypes.addressof(NO_ROWS))
-
-
-def raw_arguments(**changes) -> cpu_attention._AttentionArgs:
-    """Correct arguments for no sequences at all, but for the changes. No pointer is read."""
-    values = {"struct_size": ctypes.sizeof(cpu_attention._AttentionArgs), "heads": 1, "width": 64, "threads": 1}
-    return cpu_attention._AttentionArgs(**(values | changes))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"struct_size": 8},
-        {"sequences": -1, **POINTERS},
-        *({"sequences": 1, **POINTERS, name: None} for name in POINTERS),
-        {"heads": 0},
-        {"width": 0},
-        {"threads": 0},
-        {"dtype": 7},
-    ],
-    # addresses differ from worker to worker
-    ids=lambda changes: ", ".join(
-        f"{name} {value}" for name, value in changes.items() if name not in POINTERS or not value
-    ),
-)
-def test_refusals_have_a_text(library, changes):
-    code = library.clipfast_cpu_attention(raw_arguments(**changes))
-    assert code == -1
-    with pytest.raises(RuntimeError, match="libclipfast_cpu: a null pointer, a size out of range"):
-        cpu_attention.LIBRARY.check(code)
-
-
-def test_codes_without_a_meaning(library):
-    assert library.clipfast_cpu_attention(None) == -1
-    assert library.clipfast_cpu_attention(raw_arguments()) == 0
-    assert library.clipfast_cpu_attention(raw_arguments(sequences=1, **POINTERS)) == 0
-    assert library.clipfast_cpu_attention(raw_arguments(instructions=9)) == -2
-    assert library.clipfast_cpu_error_text(0) == b"no error"
-    assert b"has not the instructions" in library.clipfast_cpu_error_text(-2)
-    assert b"no memory" in library.clipfast_cpu_error_text(-3)
-    assert b"unknown" in library.clipfast_cpu_error_text(-1000)
-
-
-def test_this_cpu_runs_every_form_that_pytorch_finds_it_can(library):
-    capability = torch.backends.cpu.get_cpu_capability()
-    for name in FORMS[: {"AVX2": 2, "AVX512": 3}.get(capability, 1)]:
-        code = cpu_attention.INSTRUCTIONS[name]
-        assert library.clipfast_cpu_attention(raw_arguments(instructions=code)) == 0, name

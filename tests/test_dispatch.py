@@ -21,6 +21,17 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=["cpu", "onednn"])
+def products(request, monkeypatch) -> str:
+    """What multiplies on this CPU: our library, or oneDNN where there is none."""
+    if request.param == "onednn":
+        monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: "not built")
+    decision = dispatch.decide("linear", None, dispatch.Call("cpu", torch.float32))
+    if decision.backend != request.param:
+        pytest.skip(dict(decision.others)[request.param])
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def no_decisions(monkeypatch):
     """explain() tells what ran since the process started: for each test, since the test did."""
@@ -52,27 +63,24 @@ def test_an_unknown_backend():
         clipfast.backend("gpu").__enter__()
 
 
-@needs_onednn
-def test_the_preferred_backend_runs_where_it_can():
+def test_the_preferred_backend_runs_where_it_can(products):
     with torch.no_grad():
         _linear()
-    assert _ran() == {"linear": "onednn"}
-    assert {_reason("torch"), _reason("reference")} == {"onednn comes first", "runs only when forced"}
+    assert _ran() == {"linear": products}
+    assert {_reason("torch"), _reason("reference")} == {f"{products} comes first", "runs only when forced"}
 
 
-@needs_onednn
 @pytest.mark.parametrize(
     ("context", "reason"),
     [
         (lambda: torch.enable_grad(), "gradient is wanted"),
         (lambda: torch.autocast("cpu", torch.bfloat16), "autocast is on"),
-        (lambda: torch.backends.mkldnn.flags(enabled=False), "mkldnn.enabled is False"),
         (lambda: FlopCounterMode(display=False), "not traceable"),
         (lambda: torch.autograd.forward_ad.dual_level(), "not traceable"),
     ],
-    ids=["grad", "autocast", "mkldnn off", "dispatch mode", "forward mode"],
+    ids=["grad", "autocast", "dispatch mode", "forward mode"],
 )
-def test_a_decision_follows_the_context(context, reason):
+def test_a_decision_follows_the_context(context, reason, products):
     """Into it and out of it; forced inside it, the backend raises and says the same."""
     weight_wants_grad = {"grad": True}
     with torch.no_grad():
@@ -81,19 +89,28 @@ def test_a_decision_follows_the_context(context, reason):
             dispatch._decisions.clear()
             _linear(**weight_wants_grad)
             assert _ran() == {"linear": "torch"}
-            assert reason in _reason("onednn")
+            assert reason in _reason(products)
             with (
-                clipfast.backend("onednn"),
-                pytest.raises(RuntimeError, match=f"'onednn' cannot run linear: .*{reason}"),
+                clipfast.backend(products),
+                pytest.raises(RuntimeError, match=f"'{products}' cannot run linear: .*{reason}"),
             ):
                 _linear(**weight_wants_grad)
         dispatch._decisions.clear()
         _linear(**weight_wants_grad)
-        assert _ran() == {"linear": "onednn"}
+        assert _ran() == {"linear": products}
 
 
 @needs_onednn
-def test_any_argument_may_want_the_gradient():
+def test_onednn_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: "not built")
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        _linear()
+        assert _ran() == {"linear": "torch"} and "mkldnn.enabled is False" in _reason("onednn")
+        with clipfast.backend("onednn"), pytest.raises(RuntimeError, match=r"mkldnn\.enabled is False"):
+            _linear()
+
+
+def test_any_argument_may_want_the_gradient(products):
     x, (weight, bias) = torch.randn(3, 8), (torch.randn(8, 8), torch.randn(8))
     for leaf in (x, weight, bias):
         leaf.requires_grad_()
@@ -106,7 +123,7 @@ def test_any_argument_may_want_the_gradient():
     assert _ran() == {"linear": "torch"}
     dispatch._decisions.clear()
     ops.linear(x, weight, bias)  # gradients on, and nobody wants one
-    assert _ran() == {"linear": "onednn"}
+    assert _ran() == {"linear": products}
 
 
 def test_dtypes_that_onednn_has_not():
@@ -343,27 +360,25 @@ def _compiled_as_on_a_gpu(operator, device, dtype, autocast, facts):
     return dispatch.decide(operator, None, call).backend
 
 
-@needs_onednn
-def test_explain_of_this_cpu_with_and_without_gradients():
+def test_explain_of_this_cpu_with_and_without_gradients(products):
     def backends(**options):
         return {name: decision.backend for name, _, _, decision in clipfast.explain("cpu", **options)}
 
-    assert {name for name, backend in backends().items() if backend == "onednn"} == set(dispatch._ONEDNN)
-    assert {name for name, backend in backends().items() if backend == "cpu"} <= {"attention"}
+    library = {"attention", *dispatch._CPU_PRODUCTS} if products == "cpu" else set()
+    assert {name for name, backend in backends().items() if backend == "cpu"} == library
+    if dispatch._onednn_refuses("project", dispatch.Call("cpu", torch.float32)) is None:
+        assert {name for name, backend in backends().items() if backend == "onednn"} == {*dispatch._ONEDNN} - library
     assert set(backends(grad=True).values()) == {"torch"}
     assert set(backends(dtype=torch.float64).values()) == {"torch"}
     with torch.backends.mkldnn.flags(enabled=False):
-        without = backends()
-        assert without.pop("attention") in ("cpu", "torch")
-        assert set(without.values()) == {"torch"}
+        assert {name for name, backend in backends().items() if backend != "torch"} == library
 
 
-@needs_onednn
-def test_the_weight_decides_for_images_of_bytes():
+def test_the_weight_decides_for_images_of_bytes(products):
     pixels, weight = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.randn(5, 3, 4, 4)
     with torch.no_grad():
         ops.patch_embed(pixels, weight, torch.randn(5), torch.randn(5, 5), mean=torch.zeros(3), std=torch.ones(3))
-    assert _ran() == {"patch_embed": "onednn"}
+    assert _ran() == {"patch_embed": products}
 
 
 @needs_onednn
@@ -373,7 +388,7 @@ def test_less_precision_leaves_the_chains_of_a_product_whole(rows):
     x, weight = torch.randn(rows, 3072), torch.randn(64, 3072) * 3072**-0.5
     exact = x.double() @ weight.double().t()
     errors = {}
-    with torch.no_grad():
+    with torch.no_grad(), clipfast.backend("onednn"):
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
             try:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import clipfast
-from clipfast import ops, reference
+from clipfast import dispatch, ops, reference
 from clipfast.packing import Rows
 
 from .accuracy import assert_accurate
@@ -34,14 +34,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 # backends that have some operators, without gradients
-HAVE = {"cpu": ("attention",), "onednn": ("linear", "mlp", "patch_embed", "project")}
+HAVE = {"cpu": ("attention", *dispatch._CPU_PRODUCTS), "onednn": dispatch._ONEDNN}
 
 
 def _skip_unless_it_runs(backend: str, operator: str, dtype: torch.dtype) -> None:
-    for name, _, _, decision in clipfast.explain("cpu", dtype):
-        reason = dict(decision.others).get(backend, "")
-        if name == operator and backend in HAVE and decision.backend != backend:
-            pytest.skip(f"{backend}: {reason}")
+    try:
+        dispatch.decide(operator, backend, dispatch.Call("cpu", dtype))
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 # PyTorch's float16 products are slow on most CPUs: of the large cases none
@@ -198,7 +198,7 @@ def test_onednn_rounds_a_projection_once(dtype):
     assert (got != case.exact()[0].to(dtype)).double().mean() < 0.01
 
 
-@pytest.mark.parametrize("backend", ["onednn", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", "onednn", "torch"])
 def test_pixels_are_rounded_after_they_are_normalised(backend):
     """A patch of one pixel and a weight of one: in bfloat16 the result is the normalised pixel, rounded once."""
     _skip_unless_it_runs(backend, "patch_embed", torch.bfloat16)
@@ -211,7 +211,7 @@ def test_pixels_are_rounded_after_they_are_normalised(backend):
     torch.testing.assert_close(got.double(), exact, rtol=0.51 * torch.finfo(torch.bfloat16).eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["onednn", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "onednn", "torch", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_nothing_in_nothing_out(backend, dtype):
     torch.manual_seed(0)

@@ -1,73 +1,38 @@
-"""Attention on a CPU through libclipfast_cpu, the C++ library built from csrc/.
+"""Attention on a CPU in C++ (csrc/cpu_attention.cpp).
 
 PyTorch's kernel takes some 7 us for a head of a sequence however short it is, and sequences of one length in a call.
 Here one call takes captions of any lengths; beside PyTorch's on one machine: `python -m benchmarks.attention`.
-
-csrc/clipfast_cpu.h documents the interface.
 """
 
 from __future__ import annotations
-
-import ctypes
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from clipfast.kernels import library
-from clipfast.kernels.shared_library import SharedLibrary
+from clipfast.kernels.cpu_library import DTYPES, INSTRUCTIONS, AttentionArgs, call
 from clipfast.packing import Rows
-
-# clipfast_cpu_dtype; float16 goes through float32
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# clipfast_cpu_instructions
-INSTRUCTIONS = {"best": 0, "baseline": 1, "avx2": 2, "avx512": 3}
-
-
-class _AttentionArgs(Structure):
-    """clipfast_cpu_attention_args"""
-
-    _fields_ = [
-        ("struct_size", c_int64),
-        *((name, c_void_p) for name in ("qkv", "out", "offsets")),
-        ("sequences", c_int64),
-        *((name, c_int32) for name in ("heads", "width", "dtype", "causal", "threads", "instructions")),
-        ("scale", c_float),
-    ]
-
-
-LIBRARY = SharedLibrary(
-    "libclipfast_cpu.so",
-    "clipfast_cpu",
-    1,  # CLIPFAST_CPU_ABI_VERSION
-    {"clipfast_cpu_attention": (c_int, (POINTER(_AttentionArgs),))},
-    build="CLIPFAST_CPU=1 pip install --no-build-isolation -e . (needs GCC 11 and cmake)",
-    kind="CPU library",
-)
-missing = LIBRARY.missing
 
 
 def _attention_fwd(qkv: Tensor, offsets: Tensor, causal: bool, scale: float, instructions: str) -> Tensor:
-    built = LIBRARY.use()
     if qkv.dtype == torch.float16:
         return _attention_fwd(qkv.float(), offsets, causal, scale, instructions).half()
     qkv = qkv.contiguous()
     rows, _, heads, width = qkv.shape
     out = qkv.new_empty(rows, heads * width)
     if out.numel():
-        args = _AttentionArgs(
-            ctypes.sizeof(_AttentionArgs),
-            *(x.data_ptr() for x in (qkv, out, offsets)),
-            len(offsets) - 1,
-            heads,
-            width,
-            DTYPES[qkv.dtype],
-            causal,
-            torch.get_num_threads(),
-            INSTRUCTIONS[instructions],
-            scale,
+        call(
+            "attention",
+            AttentionArgs,
+            {"qkv": qkv, "out": out, "offsets": offsets},
+            sequences=len(offsets) - 1,
+            heads=heads,
+            width=width,
+            dtype=DTYPES[qkv.dtype],
+            causal=causal,
+            instructions=INSTRUCTIONS[instructions],
+            scale=scale,
         )
-        LIBRARY.check(built.clipfast_cpu_attention(byref(args)))
     return out
 
 
@@ -88,7 +53,7 @@ def attention(qkv: Tensor, rows: Rows, causal: bool, scale: float | None, instru
 
     qkv:          [T, 3, H, D] float32, bfloat16 or float16 (through float32), on a CPU; copied if not contiguous.
     scale:        multiplies q.k before the softmax; default D ** -0.5.
-    instructions: "best", or "baseline", "avx2", "avx512" to force one.
+    instructions: "best", or "baseline", "avx2", "avx512", "avx512_bf16" to force one.
     Returns: [T, H * D], dtype of qkv.
     Raises:  RuntimeError if the library is missing or this CPU has not the instructions.
     Source:  Vaswani et al. 2017, arXiv:1706.03762.

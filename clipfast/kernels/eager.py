@@ -5,6 +5,7 @@ Arguments are those of the public functions in `clipfast.ops`, already checked t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import overload
 
 import torch
@@ -165,6 +166,29 @@ def patch_embed(
     embedded = F.linear(patches(pixels, weight.shape[-1]), weight.flatten(1))
     first = class_embedding.to(embedded.dtype).expand(len(images), 1, -1)
     tokens = torch.cat([first, embedded], dim=1) + positional_embedding.to(embedded.dtype)
+    return tokens if norm_weight is None else layer_norm(tokens, norm_weight, norm_bias, eps)
+
+
+def patch_embed_by(
+    linear: Callable[..., Tensor],
+    images: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positional_embedding: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """patch_embed without gradients, by a backend's own `linear`; no copy of the tokens."""
+    width, size = weight.shape[0], weight.shape[-1]
+    pixels = to_weight_dtype(images, weight, mean, std)
+    y = linear(patches(pixels, size), weight.flatten(1), None, None, None)
+    tokens = y.new_empty(len(images), len(positional_embedding), width)
+    positional_embedding = positional_embedding.to(y.dtype)
+    tokens[:, 0] = class_embedding.to(y.dtype) + positional_embedding[0]
+    torch.add(y, positional_embedding[1:], out=tokens[:, 1:])
     return tokens if norm_weight is None else layer_norm(tokens, norm_weight, norm_bias, eps)
 
 

@@ -1,0 +1,79 @@
+"""libclipfast_cpu, the C++ library built from csrc/: how its operators are called through ctypes.
+
+csrc/clipfast_cpu.h documents the interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.kernels.shared_library import SharedLibrary
+
+# clipfast_cpu_dtype
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# clipfast_cpu_instructions
+INSTRUCTIONS = {"best": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
+# clipfast_cpu_activation
+ACTIVATIONS = {"none": 0, "quick_gelu": 1, "gelu": 2}
+
+
+class AttentionArgs(Structure):
+    """clipfast_cpu_attention_args"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        *((name, c_void_p) for name in ("qkv", "out", "offsets")),
+        ("sequences", c_int64),
+        *((name, c_int32) for name in ("heads", "width", "dtype", "causal", "threads", "instructions")),
+        ("scale", c_float),
+    ]
+
+
+class LinearArgs(Structure):
+    """clipfast_cpu_linear_args"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        *((name, c_void_p) for name in ("x", "weight", "bias", "residual", "out")),
+        *((name, c_int64) for name in ("rows", "columns", "terms")),
+        *((name, c_int32) for name in ("dtype", "activation", "threads", "instructions")),
+    ]
+
+
+LIBRARY = SharedLibrary(
+    "libclipfast_cpu.so",
+    "clipfast_cpu",
+    2,  # CLIPFAST_CPU_ABI_VERSION
+    {
+        "clipfast_cpu_best": (c_int, ()),
+        "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),
+        "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
+    },
+    build="CLIPFAST_CPU=1 pip install --no-build-isolation -e . (needs GCC 11 and cmake)",
+    kind="CPU library",
+)
+missing = LIBRARY.missing
+
+
+def best() -> str:
+    """What "best" stands for on this CPU. Raises: RuntimeError if the library is missing."""
+    return {code: name for name, code in INSTRUCTIONS.items()}[LIBRARY.use().clipfast_cpu_best()]
+
+
+def call(operator: str, kind: type[Structure], tensors: Mapping[str, Tensor | None], **values: Any) -> None:
+    """Run `clipfast_cpu_<operator>` on PyTorch's threads.
+
+    kind:    its arguments.   tensors: those that are pointers; contiguous, kept alive by the caller.
+    values:  the others, but for those that are the same everywhere.
+    Raises: RuntimeError if the library is missing or refuses.
+    """
+    built = LIBRARY.use()
+    pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+    args = kind(struct_size=ctypes.sizeof(kind), threads=torch.get_num_threads(), **pointers, **values)
+    LIBRARY.check(getattr(built, f"clipfast_cpu_{operator}")(byref(args)))

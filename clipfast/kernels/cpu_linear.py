@@ -1,0 +1,93 @@
+"""Linear layers on a CPU in C++ (csrc/cpu_linear.cpp), and the operators made of them.
+
+oneDNN wants the weights in an order of its own and copies them in each call, which for one image or a few captions is
+most of the time, and on a CPU that is not Intel's MKL runs float32 at AVX2 speed. Here the weights are read as they
+are. Beside both on one machine: `python -m benchmarks.linear`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from clipfast.kernels import eager, library
+from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, INSTRUCTIONS, LinearArgs, call
+
+
+def _linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, instructions: str
+) -> Tensor:
+    if not (x.dtype == weight.dtype == (x if residual is None else residual).dtype):
+        raise TypeError(f"x is {x.dtype}, weight {weight.dtype}: they and the residual must have one dtype")
+    bias = None if bias is None else bias.to(x.dtype)
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    call(
+        "linear",
+        LinearArgs,
+        {**tensors, "out": out},
+        rows=out.numel() // max(1, len(weight)),
+        columns=len(weight),
+        terms=weight.shape[1],
+        dtype=DTYPES[x.dtype],
+        activation=ACTIVATIONS[activation],
+        instructions=INSTRUCTIONS[instructions],
+    )
+    return out
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, instructions: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+_linear = library.define(
+    "cpu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, str instructions) -> Tensor",
+    _linear_fwd,
+    _fake,
+    devices=("CPU",),
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    instructions: str = "best",
+) -> Tensor:
+    """activation(x @ weight.T + bias) + residual, summed in float32 and rounded once.
+
+    x: [..., K].   weight: [N, K].   bias: [N] or None.   residual: [..., N] or None.   All float32 or all bfloat16, on
+    a CPU; copied if not contiguous.
+    activation:   None, "quick_gelu" or "gelu".
+    instructions: "best", or "baseline", "avx2", "avx512", "avx512_bf16" to force one.
+    Returns: [..., N], dtype of x.
+    Raises:  RuntimeError if the library is missing or this CPU has not the instructions, TypeError if dtypes differ.
+    """
+    return _linear(x, weight, bias, residual, activation or "none", instructions)
+
+
+def mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    """x + fc2(activation(fc1(LayerNorm(x)))); dtypes as `linear`'s."""
+    y = eager.layer_norm(x, norm_weight, norm_bias, eps)
+    return linear(linear(y, fc1_weight, fc1_bias, activation, None), fc2_weight, fc2_bias, None, x)
+
+
+def patch_embed(*arguments: Any) -> Tensor:
+    """`clipfast.ops.patch_embed` without gradients; dtypes as `linear`'s."""
+    return eager.patch_embed_by(linear, *arguments)

@@ -1,0 +1,135 @@
+// What every linear layer on a CPU is made of: products of registers of x and of the weight, and what becomes of a sum.
+#ifndef CLIPFAST_CPU_LINEAR_H
+#define CLIPFAST_CPU_LINEAR_H
+
+#include "clipfast_cpu.h"
+#include "cpu_vectors.h"
+
+namespace {
+
+// does this form multiply bfloat16 itself, or widen it first, which takes two registers for what float32 has in one?
+#if defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_BFLOAT16 = true;
+#else
+constexpr bool MULTIPLIES_BFLOAT16 = false;
+#endif
+template <typename T>
+constexpr bool WIDENS = sizeof(T) == 2 && !MULTIPLIES_BFLOAT16;
+
+constexpr float QUICK = 1.702f;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products
+
+// a register of x or of the weight, as it is in memory
+template <typename T>
+struct Terms {
+    static constexpr int N = 4 * LANES / sizeof(T);
+    Words bits;
+
+    static Terms load(const T *from) {
+        Terms terms;
+        memcpy(&terms.bits, from, sizeof terms.bits);
+        return terms;
+    }
+};
+
+inline Floats as_floats(Words bits) {
+    Floats x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+inline float as_float(float x) { return x; }
+inline float as_float(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void add_product(Floats &sum, const Terms<float> &a, const Terms<float> &b) {
+    sum += as_floats(a.bits) * as_floats(b.bits);
+}
+
+// two neighbours go to one lane
+inline void add_product(Floats &sum, const Terms<uint16_t> &a, const Terms<uint16_t> &b) {
+#if defined(__AVX512BF16__)
+    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.bits, (__m512bh)b.bits);
+#else
+    sum += as_floats(a.bits << 16) * as_floats(b.bits << 16);
+    sum += as_floats(a.bits & 0xffff0000u) * as_floats(b.bits & 0xffff0000u);
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// From sums to results
+
+// x sigmoid(1.702 x)
+Floats quick_gelu(Floats x) {
+    const Floats z = QUICK * x, zero = {};
+    const Floats power = exp_of_negative(z < zero ? z : -z);
+    return x * ((z < zero ? power : zero + 1.0f) / (1.0f + power));
+}
+
+// x Phi(x). The normal distribution's tail at |x| is exp(-x^2 / 2) q(t), t = 1 / (1 + 0.3 |x|); q was fitted to 6e-8 of
+// it for |x| up to 13, where the power is 0 in float32.
+Floats gelu(Floats x) {
+    const Floats zero = {};
+    const Floats size = x < zero ? -x : x;
+    const Floats t = 1.0f / (1.0f + 0.3f * size);
+    Floats q = t * 0.03831158205866814f - 0.1688414365053177f;
+    q = q * t + 0.22798839211463928f;
+    q = q * t - 0.07573699206113815f;
+    q = q * t + 0.14200304448604584f;
+    q = q * t + 0.09491081535816193f;
+    q = q * t + 0.12186204642057419f;
+    q = q * t + 0.11949588358402252f;
+    q = q * t + 6.686325832561124e-06f;
+    const Floats share = exp_of_negative(-0.5f * size * size) * q;
+    return x < zero ? x * share : share > zero ? x - x * share : x; // of infinity there is no share
+}
+
+Floats activated(Floats x, int activation) {
+    if (activation == CLIPFAST_CPU_QUICK_GELU) return quick_gelu(x);
+    return activation == CLIPFAST_CPU_GELU ? gelu(x) : x;
+}
+
+template <typename T>
+Floats load_some(const T *from, int64_t n) {
+    if (n >= LANES) return load(from);
+    T some[LANES] = {};
+    memcpy(some, from, n * sizeof(T));
+    return load(some);
+}
+
+template <typename T>
+void store_some(T *to, Floats x, int64_t n) {
+    if (n >= LANES) return store(to, x);
+    T some[LANES];
+    store(some, x);
+    memcpy(to, some, n * sizeof(T));
+}
+
+// What becomes of the sums of columns [column, column + n), n <= LANES or more: bias, activation, residual.
+template <typename T>
+struct Finish {
+    const clipfast_cpu_linear_args &args;
+    int64_t column, n;
+    Floats bias;
+
+    Finish(const clipfast_cpu_linear_args &args, int64_t column, int64_t n) : args(args), column(column), n(n), bias{} {
+        if (args.bias != nullptr) bias = load_some(static_cast<const T *>(args.bias) + column, n);
+    }
+
+    inline __attribute__((always_inline)) void operator()(Floats sums, int64_t row) const {
+        const int64_t place = row * args.columns + column;
+        sums = activated(sums + bias, args.activation);
+        if (args.residual != nullptr) sums += load_some(static_cast<const T *>(args.residual) + place, n);
+        store_some(static_cast<T *>(args.out) + place, sums, n);
+    }
+};
+
+} // namespace
+
+#endif

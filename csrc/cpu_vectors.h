@@ -1,0 +1,163 @@
+// Vectors of the instruction set that a file is compiled for: what the operators of libclipfast_cpu are written in.
+//
+// Everything is in an unnamed namespace: each set compiles it anew, and the linker must not take one's for another's.
+#ifndef CLIPFAST_CPU_VECTORS_H
+#define CLIPFAST_CPU_VECTORS_H
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+// CLIPFAST_FORM is the set's name, and so the end of each operator's
+#define CLIPFAST_JOINED(name, form) name##_##form
+#define CLIPFAST_EXPANDED(name, form) CLIPFAST_JOINED(name, form)
+#define CLIPFAST_IN_THIS_FORM(name) CLIPFAST_EXPANDED(name, CLIPFAST_FORM)
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr float LOG2E = 1.44269504f;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+inline Floats load(const float *from) {
+    Floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
+
+// bfloat16, as the upper half of a float32
+inline Floats load(const uint16_t *from) {
+    Halves half;
+    memcpy(&half, from, sizeof half);
+    const Words word = __builtin_convertvector(half, Words) << 16;
+    Floats x;
+    memcpy(&x, &word, sizeof x);
+    return x;
+}
+
+// to the nearest, to even in the middle; a NaN stays one
+inline void store(uint16_t *to, Floats x) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+#else
+    Words word;
+    memcpy(&word, &x, sizeof word);
+    const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    const Halves half = __builtin_convertvector((Words)(x == x ? (Ints)rounded : (Ints)(Words{} + 0x7fc0)), Halves);
+#endif
+    memcpy(to, &half, sizeof half);
+}
+
+// n values as float32, then zeros up to a multiple of LANES
+template <typename T>
+void load_row(const T *from, float *to, int n) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+    if (i == n) return;
+    T rest[LANES] = {};
+    memcpy(rest, from + i, (n - i) * sizeof(T));
+    store(to + i, load(rest));
+}
+
+template <typename T>
+void store_row(T *to, const float *from, int n, float factor) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i) * factor);
+    if (i == n) return;
+    T rest[LANES];
+    store(rest, load(from + i) * factor);
+    memcpy(to + i, rest, (n - i) * sizeof(T));
+}
+
+// Where each lane of a shuffled register comes from. Made while compiling: a loop would make it anew each time.
+struct Places {
+    int32_t of[LANES];
+
+    Ints vector() const {
+        Ints places;
+        memcpy(&places, of, sizeof places);
+        return places;
+    }
+};
+
+// each lane's other one at a distance of STEP
+template <int STEP>
+constexpr Places swapped() {
+    Places places{};
+    for (int i = 0; i < LANES; i++) places.of[i] = i ^ STEP;
+    return places;
+}
+
+// x joined with itself STEP lanes off, then half as far and so on: with LANES / 2 every lane has met every other
+template <int STEP, typename Join>
+Floats across_lanes(Floats x, Join join) {
+    if constexpr (STEP == 0) {
+        return x;
+    } else {
+        static constexpr Places places = swapped<STEP>();
+        return across_lanes<STEP / 2>(join(x, __builtin_shuffle(x, places.vector())), join);
+    }
+}
+
+// lanes of a register and of the one STEP rows below it after their squares of STEP x STEP changed places
+template <int STEP>
+constexpr Places exchanged(bool below) {
+    Places places{};
+    for (int i = 0; i < LANES; i++)
+        places.of[i] = below ? (i & STEP ? LANES + i : i + STEP) : (i & STEP ? LANES + i - STEP : i);
+    return places;
+}
+
+// rows and columns of LANES registers change places
+template <int STEP = LANES / 2>
+inline void transpose(Words rows[LANES]) {
+    if constexpr (STEP > 0) {
+        static constexpr Places above = exchanged<STEP>(false), below = exchanged<STEP>(true);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & STEP) continue;
+            const Words a = rows[i], b = rows[i + STEP];
+            rows[i] = __builtin_shuffle(a, b, above.vector());
+            rows[i + STEP] = __builtin_shuffle(a, b, below.vector());
+        }
+        transpose<STEP / 2>(rows);
+    }
+}
+
+// exp(x) for x <= 0, and 0 below -87: Cody and Waite's reduction, a polynomial of degree 6. NaN stays NaN
+inline Floats exp_of_negative(Floats x) {
+    constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: adding it leaves no fraction
+    const Floats n = (x * LOG2E + ROUND) - ROUND;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691e-4f + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665795e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r + 1.0f;
+    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Floats power;
+    memcpy(&power, &exponent, sizeof power);
+    const Floats zero = {};
+    return x < -87.0f ? zero : p * power;
+}
+
+} // namespace
+
+#endif

@@ -1,0 +1,192 @@
+"""libclipfast_cpu: when its operators run, what it says when they cannot, and an interface that both sides know."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+import clipfast
+from clipfast import dispatch, tuning
+from clipfast.kernels import cpu_attention, cpu_linear
+from clipfast.kernels import cpu_library as library
+from clipfast.packing import Rows
+
+from . import csrc
+
+pytestmark = pytest.mark.usefixtures("cpu_library")
+HEADER = (csrc.ROOT / "csrc" / "clipfast_cpu.h").read_text()
+PRODUCTS = ("linear", "mlp", "patch_embed")
+
+
+def runs_on(operator: str, dtype: torch.dtype = torch.float32, **facts) -> tuple[str, dict[str, str]]:
+    decision = dispatch.decide(operator, None, dispatch.Call("cpu", dtype, **facts))
+    return decision.backend, dict(decision.others)
+
+
+@pytest.fixture
+def instructions(monkeypatch):
+    """Sets what the library has here at best, and whether the CPU has AMX."""
+
+    def assume(best: str, amx: bool = False) -> None:
+        monkeypatch.setattr(library, "best", lambda: best)
+        monkeypatch.setattr(dispatch, "_has_amx", lambda: amx)
+
+    return assume
+
+
+def test_attention_runs_without_gradients_only():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert runs_on("attention", dtype)[0] == "cpu"
+    backend, others = runs_on("attention", grad=True)
+    assert backend == "torch" and "a gradient is wanted" in others["cpu"]
+    assert runs_on("attention", torch.float64)[1]["cpu"] == "has no float64 kernel"
+
+
+@pytest.mark.parametrize("operator", PRODUCTS)
+def test_where_products_run(operator, instructions):
+    for best in ("avx2", "avx512", "avx512_bf16"):
+        instructions(best)
+        for rows in (0, 16, 1024, 1 << 20):
+            assert runs_on(operator, rows=rows)[0] == "cpu"
+    for best in ("avx2", "avx512"):  # bfloat16 must be widened, and nobody does it faster
+        instructions(best)
+        assert runs_on(operator, torch.bfloat16, rows=1024)[0] == "cpu"
+    assert runs_on(operator, grad=True)[0] == "torch"
+    assert runs_on(operator, torch.float16)[1]["cpu"] == "has no float16 products"
+    assert runs_on(operator, torch.float64)[1]["cpu"] == "has no float64 kernel"
+    assert runs_on(operator, shape=(False,))[1]["cpu"] == "the operands differ in dtype"
+    assert runs_on(operator, shape=(True,))[0] == "cpu"
+
+
+@pytest.mark.parametrize(("amx", "few"), [(False, 64), (True, 16)])
+def test_many_rows_of_bfloat16_are_left_to_onednn(amx, few, instructions):
+    instructions("avx512_bf16", amx)
+    if runs_on("project", torch.bfloat16)[0] != "onednn":
+        pytest.skip("oneDNN does not multiply bfloat16 here")
+    for rows in (16, 32, 64, 128):
+        assert runs_on("linear", torch.bfloat16, rows=rows)[0] == ("cpu" if rows <= few else "onednn"), rows
+    assert runs_on("linear", torch.bfloat16)[1]["cpu"] == f"oneDNN is as fast in bfloat16 from {few} rows on"
+    instructions("baseline")
+    assert runs_on("linear")[0] == "onednn" and "rule of thumb, not measured" in runs_on("linear")[1]["cpu"]
+    with pytest.raises(RuntimeError, match="inference only"):
+        dispatch.decide("linear", "cpu", dispatch.Call("cpu", torch.bfloat16, grad=True))
+    assert dispatch.decide("linear", "cpu", dispatch.Call("cpu", torch.float32)).backend == "cpu", "a preference"
+
+
+def test_rows_are_counted(instructions, monkeypatch):
+    """Of x; for a patch embedding, the patches of all images."""
+    instructions("avx512_bf16")
+    monkeypatch.setattr(dispatch, "_decisions", {})
+    with torch.no_grad():
+        for rows in (64, 65):
+            clipfast.ops.linear(torch.randn(rows, 8).bfloat16(), torch.randn(8, 8).bfloat16())
+        images, weight = torch.randn(2, 3, 16, 24).bfloat16(), torch.randn(8, 3, 4, 4).bfloat16()
+        clipfast.ops.patch_embed(images, weight, torch.zeros(8), torch.zeros(25, 8))
+    rows = {(operator, call.rows) for operator, call, _, _ in clipfast.explain()}
+    assert rows == {("linear", 64), ("linear", 128), ("patch_embed", tuning.rows_bucket(2 * 24))}
+
+
+def test_a_missing_library_leaves_its_operators_to_others_and_says_so(monkeypatch, tmp_path):
+    ours = library.LIBRARY
+    monkeypatch.setattr(ours, "loaded", ours.load(tmp_path / "libclipfast_cpu.so"))
+    for operator in ("attention", *PRODUCTS):
+        backend, others = runs_on(operator)
+        assert backend in ("onednn", "torch")
+        assert "not built" in others["cpu"] and "CLIPFAST_CPU=1 pip install" in others["cpu"]
+    with pytest.raises(RuntimeError, match="the CPU library is not built"):
+        cpu_attention.attention(torch.zeros(1, 3, 1, 1), Rows((1,)), True, None)
+    with pytest.raises(RuntimeError, match="the CPU library is not built"):
+        cpu_linear.linear(torch.zeros(1, 1), torch.zeros(1, 1), None, None, None)
+
+
+def test_other_versions_and_broken_files(cpu_library_file, tmp_path):
+    csrc.assert_says_why_it_is_missing(library.LIBRARY, cpu_library_file, tmp_path, "clipfast_cpu_of_tomorrow")
+
+
+@pytest.mark.parametrize("struct", [library.AttentionArgs, library.LinearArgs])
+def test_header_and_python_agree(struct):
+    csrc.assert_header_agrees(HEADER, library.LIBRARY, struct)
+    csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", library.INSTRUCTIONS)
+    csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", library.ACTIVATIONS)
+    csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", {str(d)[6:]: code for d, code in library.DTYPES.items()})
+
+
+# as addresses: nothing is read from them
+SOMEWHERE = ctypes.addressof((ctypes.c_int32 * 2)())
+NO_ROWS = (ctypes.c_int32 * 2)()
+
+
+def attention_args(**changes) -> library.AttentionArgs:
+    """Correct arguments for no sequences at all, but for the changes."""
+    values = {"struct_size": ctypes.sizeof(library.AttentionArgs), "heads": 1, "width": 64, "threads": 1}
+    return library.AttentionArgs(**(values | changes))
+
+
+def linear_args(**changes) -> library.LinearArgs:
+    """Correct arguments for no rows, but for the changes."""
+    values = {"struct_size": ctypes.sizeof(library.LinearArgs), "columns": 4, "terms": 8, "threads": 1}
+    return library.LinearArgs(**(values | changes))
+
+
+ONE_SEQUENCE = {"sequences": 1, **dict.fromkeys(("qkv", "out", "offsets"), ctypes.addressof(NO_ROWS))}
+ONE_ROW = {"rows": 1, **dict.fromkeys(("x", "weight", "out"), SOMEWHERE)}
+REFUSED = [
+    *(("attention", changes) for changes in ({"struct_size": 8}, {"heads": 0}, {"width": 0}, {"threads": 0})),
+    *(("attention", changes) for changes in ({"dtype": 7}, {"dtype": -1}, {**ONE_SEQUENCE, "sequences": -1})),
+    *(("attention", {**ONE_SEQUENCE, name: None}) for name in ("qkv", "out", "offsets")),
+    *(("linear", changes) for changes in ({"struct_size": 8}, {"threads": 0}, {"dtype": 7})),
+    *(("linear", {name: -1}) for name in ("rows", "columns", "terms", "activation")),
+    ("linear", {"activation": 3}),
+    *(("linear", {**ONE_ROW, name: None}) for name in ("x", "weight", "out")),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "changes"),
+    REFUSED,
+    # addresses differ from worker to worker
+    ids=lambda value: (
+        value
+        if isinstance(value, str)
+        else ", ".join(f"{name} {number}" for name, number in value.items() if number is None or abs(number) < 10)
+    ),
+)
+def test_refusals_have_a_text(cpu_library, operator, changes):
+    arguments = {"attention": attention_args, "linear": linear_args}[operator](**changes)
+    code = getattr(cpu_library, f"clipfast_cpu_{operator}")(arguments)
+    assert code == -1
+    with pytest.raises(RuntimeError, match="libclipfast_cpu: a null pointer, a size out of range"):
+        library.LIBRARY.check(code)
+
+
+def test_codes_without_a_meaning(cpu_library):
+    assert cpu_library.clipfast_cpu_attention(None) == cpu_library.clipfast_cpu_linear(None) == -1
+    assert cpu_library.clipfast_cpu_attention(attention_args()) == cpu_library.clipfast_cpu_linear(linear_args()) == 0
+    assert cpu_library.clipfast_cpu_attention(attention_args(**ONE_SEQUENCE)) == 0
+    for number in (9, -1):
+        assert cpu_library.clipfast_cpu_attention(attention_args(instructions=number)) == -2
+        assert cpu_library.clipfast_cpu_linear(linear_args(instructions=number)) == -2
+    assert cpu_library.clipfast_cpu_error_text(0) == b"no error"
+    assert b"has not the instructions" in cpu_library.clipfast_cpu_error_text(-2)
+    assert b"no memory" in cpu_library.clipfast_cpu_error_text(-3)
+    assert b"unknown" in cpu_library.clipfast_cpu_error_text(-1000)
+
+
+def test_the_form_asked_for_is_the_one_that_runs(monkeypatch):
+    monkeypatch.setitem(library.INSTRUCTIONS, "avx2", 9)
+    with pytest.raises(RuntimeError, match="has not the instructions"):
+        cpu_attention.attention(torch.zeros(1, 3, 1, 1), Rows((1,)), True, None, "avx2")
+    with pytest.raises(RuntimeError, match="has not the instructions"):
+        cpu_linear.linear(torch.zeros(1, 1), torch.zeros(1, 1), None, None, None, "avx2")
+
+
+def test_this_cpu_runs_every_form_that_pytorch_finds_it_can(cpu_library):
+    capability = torch.backends.cpu.get_cpu_capability()
+    best = {"AVX2": "avx2", "AVX512": "avx512"}.get(capability, "baseline")
+    assert cpu_library.clipfast_cpu_best() >= library.INSTRUCTIONS[best]
+    assert library.best() in library.INSTRUCTIONS
+    for code in range(1, 5):
+        runs = cpu_library.clipfast_cpu_linear(linear_args(instructions=code)) == 0
+        assert runs == (code <= cpu_library.clipfast_cpu_best())
