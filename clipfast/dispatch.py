@@ -106,6 +106,8 @@ def _cpu_refuses(operator: str, call: Call) -> str | None:
 def _cpu_yields(operator: str, call: Call) -> str | None:
     if operator not in _CPU_PRODUCTS:
         return None
+    if operator == "attention_pool":
+        return tuning.reassociated_is_better(call.rows)
     return tuning.onednn_is_better(call.dtype, call.rows, cpu_library.best(), _has_amx())
 
 
@@ -205,8 +207,8 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "logits": reference.logits,
     "contrastive_loss": _reference_loss,
 }
-_CPU_PRODUCTS = ("linear", "mlp", "patch_embed")
-_ONEDNN = (*_CPU_PRODUCTS, "project")
+_CPU_PRODUCTS = ("linear", "mlp", "attention_pool", "patch_embed")
+_ONEDNN = ("linear", "mlp", "patch_embed", "project")
 
 _BACKENDS = (
     Backend("cuda", _cuda_refuses, _never, _cuda_operators, ("patch_embed",)),

@@ -244,8 +244,11 @@ class Transformer(nn.Module):
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
         """Packed rows [T, W] through every block; of the last one only the rows index [B]: -> [B, W]."""
-        most = tuning.rows_at_a_time(x.device, self.width, x.dtype)
-        if most is None or rows.total <= most or torch.is_grad_enabled() or dispatch.traced():
+        if torch.is_grad_enabled() or dispatch.traced():
+            return self._pooled(x, rows, index, causal)
+        laid_out = not dispatch.runs_on("cpu", ("linear",), x.device, x.dtype)
+        most = tuning.rows_at_a_time(x.device, self.width, x.dtype, laid_out)
+        if most is None or rows.total <= most:
             return self._pooled(x, rows, index, causal)
         parts = [
             self._pooled(x[some], part, index[sequences] - some.start, causal)

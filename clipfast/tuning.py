@@ -296,17 +296,30 @@ def onednn_is_better(dtype: torch.dtype, rows: int, instructions: str, amx: bool
     return None
 
 
+# rows, of all sequences together, up to which keys and values of every row cost less than reassociated products, whose
+# cost does not grow with them: float32 at 64 rows 0.7 to 0.8 of it, at 128 1.0; bfloat16 1.0 at 64 (as above)
+FEW_POOLED_ROWS = 64
+
+
+def reassociated_is_better(rows: int) -> str | None:
+    """Why one query a sequence is better answered without keys and values, or None if it is not.   rows: the bucket."""
+    return None if 0 < rows <= FEW_POOLED_ROWS else f"its keys and values cost more from {FEW_POOLED_ROWS} rows on"
+
+
 # Larger blocks glibc takes from the system at each call and gives back at once, to be faulted in page by page.
 MAPPED = 32 << 20
 
 
-def rows_at_a_time(device: torch.device, width: int, dtype: torch.dtype) -> int | None:
+def rows_at_a_time(device: torch.device, width: int, dtype: torch.dtype, laid_out: bool) -> int | None:
     """How many rows go through a tower's blocks together, so that no activation is mapped; None: all of them.
 
-    ViT-L/14's 32 images, in parts of this size and all at once: bfloat16 7.3 and 9.8 s. In float32 the weights are laid
-    out anew for each part, which costs more than it saves: 19.8 and 18.7 s (AMD EPYC, Zen 5, two cores, 2026-11).
+    laid_out: does each product lay its weight out anew? In float32 that costs more than parts save: 19.8 and 18.7 s.
+    ViT-L/14's 32 images, in parts of this size and all at once: bfloat16 7.3 and 9.8 s, float32 from the weights as
+    they are 13.7 and 15.5 s (AMD EPYC, Zen 5, two cores, 2026-11).
     """
-    return MAPPED // (4 * width * dtype.itemsize) if device.type == "cpu" and dtype.itemsize == 2 else None
+    if device.type != "cpu" or dtype.itemsize > 4 or (laid_out and dtype == torch.float32):
+        return None
+    return MAPPED // (4 * width * dtype.itemsize)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,15 @@ def test_many_rows_of_bfloat16_are_left_to_onednn(amx, few, instructions):
     assert dispatch.decide("linear", "cpu", dispatch.Call("cpu", torch.float32)).backend == "cpu", "a preference"
 
 
+def test_few_rows_are_pooled_with_keys_and_values(instructions):
+    for dtype in (torch.float32, torch.bfloat16):
+        instructions("avx512_bf16")
+        ran = {rows: runs_on("attention_pool", dtype, rows=rows)[0] for rows in (0, 16, 64, 128)}
+        assert ran == {0: "torch", 16: "cpu", 64: "cpu", 128: "torch"}
+    assert "cost more from 64 rows on" in runs_on("attention_pool")[1]["cpu"]
+    assert runs_on("attention_pool", torch.float16, rows=16)[1]["cpu"] == "has no float16 products"
+
+
 def test_rows_are_counted(instructions, monkeypatch):
     """Of x; for a patch embedding, the patches of all images."""
     instructions("avx512_bf16")

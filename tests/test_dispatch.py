@@ -364,7 +364,8 @@ def test_explain_of_this_cpu_with_and_without_gradients(products):
     def backends(**options):
         return {name: decision.backend for name, _, _, decision in clipfast.explain("cpu", **options)}
 
-    library = {"attention", *dispatch._CPU_PRODUCTS} if products == "cpu" else set()
+    # how many rows a pooling query sees is not known here
+    library = {"attention", "linear", "mlp", "patch_embed"} if products == "cpu" else set()
     assert {name for name, backend in backends().items() if backend == "cpu"} == library
     if dispatch._onednn_refuses("project", dispatch.Call("cpu", torch.float32)) is None:
         assert {name for name, backend in backends().items() if backend == "onednn"} == {*dispatch._ONEDNN} - library

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
-from clipfast import reference, tuning
+from clipfast import dispatch, reference, tuning
 from clipfast.checkpoints import to_huggingface
 from clipfast.model import Transformer
 from clipfast.packing import Rows
@@ -261,12 +261,28 @@ def test_a_large_batch_goes_through_the_blocks_in_parts(monkeypatch, rows):
 
 
 def test_how_many_rows_go_through_the_blocks_together():
-    def rows(device, dtype, width=1024):
-        return tuning.rows_at_a_time(torch.device(device), width, dtype)
+    def rows(device, dtype, width=1024, laid_out=True):
+        return tuning.rows_at_a_time(torch.device(device), width, dtype, laid_out)
 
     assert rows("cpu", torch.bfloat16) == rows("cpu", torch.float16) == 4096
     assert rows("cpu", torch.bfloat16, 512) == 8192
-    assert rows("cpu", torch.float32) is None and rows("cuda", torch.bfloat16) is None
+    assert rows("cpu", torch.float32) is None and rows("cpu", torch.float32, laid_out=False) == 2048
+    for laid_out in (True, False):
+        assert rows("cuda", torch.bfloat16, laid_out=laid_out) is None
+        assert rows("cpu", torch.float64, laid_out=laid_out) is None
+
+
+@pytest.mark.parametrize("missing", [None, "not built"])
+def test_whoever_multiplies_decides_whether_float32_goes_in_parts(monkeypatch, missing, cpu_library):
+    seen = []
+    monkeypatch.setattr(tuning, "rows_at_a_time", lambda device, width, dtype, laid_out: seen.append(laid_out))
+    monkeypatch.setattr(tuning, "onednn_is_better", lambda *of: None)
+    monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: missing)
+    dispatch._usual_backend.cache_clear()
+    with torch.no_grad():
+        make_pair(VIT)[1].encode_text(make_texts(VIT, 2))
+    dispatch._usual_backend.cache_clear()
+    assert seen == [missing is not None]
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])

@@ -6,11 +6,13 @@ Here one call takes captions of any lengths; beside PyTorch's on one machine: `p
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from clipfast.kernels import library
-from clipfast.kernels.cpu_library import DTYPES, INSTRUCTIONS, AttentionArgs, call
+from clipfast.kernels.cpu_library import DTYPES, INSTRUCTIONS, AttentionArgs, pointer, run
 from clipfast.packing import Rows
 
 
@@ -21,18 +23,19 @@ def _attention_fwd(qkv: Tensor, offsets: Tensor, causal: bool, scale: float, ins
     rows, _, heads, width = qkv.shape
     out = qkv.new_empty(rows, heads * width)
     if out.numel():
-        call(
-            "attention",
-            AttentionArgs,
-            {"qkv": qkv, "out": out, "offsets": offsets},
-            sequences=len(offsets) - 1,
-            heads=heads,
-            width=width,
-            dtype=DTYPES[qkv.dtype],
-            causal=causal,
-            instructions=INSTRUCTIONS[instructions],
-            scale=scale,
+        args = AttentionArgs(
+            ctypes.sizeof(AttentionArgs),
+            *(pointer(x) for x in (qkv, out, offsets)),
+            len(offsets) - 1,
+            heads,
+            width,
+            DTYPES[qkv.dtype],
+            causal,
+            torch.get_num_threads(),
+            INSTRUCTIONS[instructions],
+            scale,
         )
+        run("attention", args)
     return out
 
 

@@ -5,10 +5,7 @@ csrc/clipfast_cpu.h documents the interface.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,14 +63,12 @@ def best() -> str:
     return {code: name for name, code in INSTRUCTIONS.items()}[LIBRARY.use().clipfast_cpu_best()]
 
 
-def call(operator: str, kind: type[Structure], tensors: Mapping[str, Tensor | None], **values: Any) -> None:
-    """Run `clipfast_cpu_<operator>` on PyTorch's threads.
+def pointer(tensor: Tensor | None) -> int | None:
+    """Of a contiguous tensor, which the caller keeps alive."""
+    return None if tensor is None else tensor.data_ptr()
 
-    kind:    its arguments.   tensors: those that are pointers; contiguous, kept alive by the caller.
-    values:  the others, but for those that are the same everywhere.
-    Raises: RuntimeError if the library is missing or refuses.
-    """
-    built = LIBRARY.use()
-    pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
-    args = kind(struct_size=ctypes.sizeof(kind), threads=torch.get_num_threads(), **pointers, **values)
-    LIBRARY.check(getattr(built, f"clipfast_cpu_{operator}")(byref(args)))
+
+def run(operator: str, args: Structure) -> None:
+    """`clipfast_cpu_<operator>`. Raises: RuntimeError if the library is missing or refuses."""
+    if code := getattr(LIBRARY.use(), f"clipfast_cpu_{operator}")(byref(args)):
+        LIBRARY.check(code)

@@ -7,12 +7,16 @@ are. Beside both on one machine: `python -m benchmarks.linear`.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import eager, library
-from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, INSTRUCTIONS, LinearArgs, call
+from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, INSTRUCTIONS, LinearArgs, pointer, run
+from clipfast.packing import Rows
 
 
 def _linear_fwd(
@@ -20,21 +24,23 @@ def _linear_fwd(
 ) -> Tensor:
     if not (x.dtype == weight.dtype == (x if residual is None else residual).dtype):
         raise TypeError(f"x is {x.dtype}, weight {weight.dtype}: they and the residual must have one dtype")
-    bias = None if bias is None else bias.to(x.dtype)
-    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
-    out = x.new_empty(*x.shape[:-1], len(weight))
-    call(
-        "linear",
-        LinearArgs,
-        {**tensors, "out": out},
-        rows=out.numel() // max(1, len(weight)),
-        columns=len(weight),
-        terms=weight.shape[1],
-        dtype=DTYPES[x.dtype],
-        activation=ACTIVATIONS[activation],
-        instructions=INSTRUCTIONS[instructions],
+    columns, terms = weight.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    residual = None if residual is None else residual.contiguous()
+    out = x.new_empty(*x.shape[:-1], columns)
+    args = LinearArgs(
+        ctypes.sizeof(LinearArgs),
+        *(pointer(tensor) for tensor in (x, weight, bias, residual, out)),
+        out.numel() // max(1, columns),
+        columns,
+        terms,
+        DTYPES[x.dtype],
+        ACTIVATIONS[activation],
+        torch.get_num_threads(),
+        INSTRUCTIONS[instructions],
     )
+    run("linear", args)
     return out
 
 
@@ -91,3 +97,31 @@ def mlp(
 def patch_embed(*arguments: Any) -> Tensor:
     """`clipfast.ops.patch_embed` without gradients; dtypes as `linear`'s."""
     return eager.patch_embed_by(linear, *arguments)
+
+
+def attention_pool(
+    query: Tensor,
+    tokens: Tensor,
+    rows: Rows,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    heads: int,
+) -> Tensor:
+    """`clipfast.ops.attention_pool` without gradients, for few rows; dtypes as `linear`'s.
+
+    With keys and values of every row: where rows are few, computing them costs what reading the weights does, and that
+    has to be. The products reassociated, as `eager.attention_pool` has them, need float64 to round as little.
+    """
+    q = linear(query, q_weight, q_bias, None, None)
+    k, v = linear(tokens, k_weight, None, None, None), linear(tokens, v_weight, v_bias, None, None)
+    parts = [q[:0]]
+    for first, sequence, count, length in rows.runs:
+        of_run = slice(first, first + count * length)
+        split = (x.view(count, -1, heads, x.shape[1] // heads).transpose(1, 2) for x in (k[of_run], v[of_run]))
+        queries = q[sequence : sequence + count].view(count, 1, heads, -1).transpose(1, 2)
+        parts.append(F.scaled_dot_product_attention(queries, *split).transpose(1, 2).flatten(1))
+    return parts[1] if len(parts) == 2 else torch.cat(parts)
