@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import nn
 
-from clipfast.bench.peers import OURS, PREPACKED, Batch, Calls, Peer, Prepare, Spec, call, uninitialised
+from clipfast import dispatch
+from clipfast.bench.peers import OURS, PREPACKED, Batch, Calls, Missing, Peer, Prepare, Spec, call, uninitialised
 from clipfast.model import build_model, convert_weights
 
 
@@ -35,6 +36,8 @@ def build(spec: Spec) -> Prepare:
 
 
 def build_prepacked(spec: Spec) -> Prepare:
+    if dispatch.runs_on("cpu", ("linear", "mlp"), spec.device, spec.dtype):
+        raise Missing("its products read the weights as they are")
     made = model(spec).prepack_weights()
     sizes = spec.architecture
     with torch.no_grad():  # the layouts are made in the first call
