@@ -27,8 +27,9 @@ DOUBLE = 0.2
 BUILD = 3e-9
 # where a compiler is first asked: the largest batch of which a call takes less than this
 COMPILE_SECONDS = 3.0
-# as how much of its time a job counts: who needs no preparation first, then one row of a compiler, its others last
-FIRST, COMPILED, LATER = 0.1, 0.3, 4.0
+# as how much of its time a job counts: one row of a compiler in each model and dtype before the long ones of those who
+# need no preparation, its others last
+FIRST, COMPILED, LATER = 0.1, 0.05, 4.0
 
 
 class Group(NamedTuple):

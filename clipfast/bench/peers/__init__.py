@@ -82,7 +82,7 @@ def known() -> dict[str, Peer]:
 
     everybody = (
         ours.PEER,
-        ours.PACKED,
+        ours.packed(),
         openai.PEER,
         openclip.PEER,
         huggingface.PEER,
