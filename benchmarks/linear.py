@@ -1,24 +1,35 @@
-"""Matrix products on a CPU: F.linear, oneDNN's fused product, and clipfast's, which cuts long float32 sums in chains.
+"""Matrix products on a CPU: F.linear, oneDNN's fused product, and clipfast's.
 
     python -m benchmarks.linear [--dtypes float32,bfloat16] [--shapes 1600x768x3072] [--rounds 15] [--threads N]
-        [--csv PATH] [--quick]
+        [--csv PATH] [--quick] [--instructions avx2]
 
 Shapes are rows x inputs x outputs. The defaults are those of ViT-B/32 at batch 32 (1,600 image rows, about 512 caption
-rows) and at batch 1 (50 rows). `clipfast/kernels/onednn.py` is the reason that this exists: it uses what wins here.
+rows) and at batch 1 (50 and 16 rows). `clipfast.tuning` sends each product to what wins here. A call meets a weight
+that the calls before it did not, as a layer does in a model: it comes from memory, not from a cache.
+
+What an older CPU would find: clipfast's product in that form, and the others held to the same instructions, as in
+
+    ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m benchmarks.linear --dtypes float32 --instructions avx2
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE python -m benchmarks.linear --dtypes bfloat16 --instructions avx512
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from clipfast.bench import environment, harness, output
 from clipfast.bench.accuracy import relative_rms
-from clipfast.bench.ceilings import PLAIN, operands, products
+from clipfast.bench.ceilings import OURS, PLAIN, operands, products
+from clipfast.kernels import cpu_library, cpu_linear
 
 COLUMNS = (
     *(
@@ -59,15 +70,40 @@ class Shape(NamedTuple):
 
 _BLOCK = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
 SHAPES = tuple(Shape(rows, *sizes) for rows in (1600, 50) for sizes in _BLOCK)
-SHAPES += tuple(Shape(512, *sizes) for sizes in ((512, 1536), (512, 512), (512, 2048), (2048, 512)))
+_TEXT_BLOCK = ((512, 1536), (512, 512), (512, 2048), (2048, 512))
+SHAPES += tuple(Shape(rows, *sizes) for rows in (512, 16) for sizes in _TEXT_BLOCK)
 QUICK_SHAPES = (Shape(300, 768, 768), Shape(50, 768, 768))
 
 
-def measure(shape: Shape, dtype_name: str, rounds: int, facts: harness.Row, rows: list[harness.Row]) -> None:
-    """Append one row for each contestant, of the rounds that were finished if somebody interrupts."""
+# bytes of equal weights that are met in turn: more than a cache has
+WEIGHTS = 128 << 20
+
+
+def _in_turn(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def measure(
+    shape: Shape,
+    dtype_name: str,
+    rounds: int,
+    facts: harness.Row,
+    rows: list[harness.Row],
+    instructions: str | None = None,
+) -> None:
+    """Append one row for each contestant, of the rounds that were finished if somebody interrupts.
+
+    instructions: which form of libclipfast_cpu is ours, whatever dispatch would choose.
+    """
     x, weight, bias = operands(*shape, harness.DTYPES[dtype_name])
     exact = F.linear(x.double(), weight.double(), bias.double())
-    ways = products(x, weight, bias)
+    copies = [weight, *(weight.clone() for _ in range(WEIGHTS // weight.nbytes))]
+    of_each = [products(x, copy, bias) for copy in copies]
+    if instructions is not None:
+        for copy, ways_of_it in zip(copies, of_each, strict=True):
+            ways_of_it[OURS] = functools.partial(cpu_linear.linear, x, copy, bias, None, None, instructions)
+    ways = {name: _in_turn([ways[name] for ways in of_each]) for name in of_each[0]}
     seconds: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     wrong = {name: relative_rms(way(), exact) for name, way in ways.items()}
@@ -123,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (default %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--csv", type=Path, help="write all rows here")
+    forms = [name for name in cpu_library.INSTRUCTIONS if name != "best"]
+    parser.add_argument("--instructions", choices=forms, help="clipfast's product in this form, whatever is faster")
     parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds: does it run?")
     options = parser.parse_args(argv)
     try:
@@ -132,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = options.dtypes.split(",")
     if not set(dtypes) <= set(harness.DTYPES):
         parser.error(f"dtypes: expected some of {', '.join(harness.DTYPES)}, got {options.dtypes}")
+    if options.instructions and (why := cpu_library.missing()):
+        parser.error(why)
     if options.threads:
         torch.set_num_threads(options.threads)
     chosen = shapes or (QUICK_SHAPES if options.quick else SHAPES)
@@ -146,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             for dtype in dtypes:
                 for shape in chosen:
                     progress.say(f"{dtype} {shape}")
-                    measure(shape, dtype, 3 if options.quick else options.rounds, facts, rows)
+                    measure(shape, dtype, 3 if options.quick else options.rounds, facts, rows, options.instructions)
                     progress.tick(1)
     except KeyboardInterrupt:
         status = 130

@@ -515,12 +515,13 @@ class CLIP(nn.Module):
                 module.grad_checkpointing = enable
 
     def prepack_weights(self, enable: bool = True) -> CLIP:
-        """For inference on a CPU: keeps the linear layers' weights laid out for its products, not anew in each call.
+        """For inference on a CPU: keeps the linear layers' weights laid out for oneDNN, not anew in each call.
 
-        The fewer rows, the more it saves; the layouts take as much memory again as those weights. After an optimiser's
-        step and after every edit that PyTorch counts (load_state_dict, .to(), another tensor as `.data`) the next call
-        makes the layout again. It does not count one in place through `.data` or NumPy: call this again after that.
-        Parameters put in later, a deep copy and an unpickled model start without.
+        It saves where oneDNN multiplies (`clipfast.explain()`): many rows of bfloat16, or no libclipfast_cpu. The
+        layouts take as much memory again as those weights. After an optimiser's step and after every edit that PyTorch
+        counts (load_state_dict, .to(), another tensor as `.data`) the next call makes the layout again. It does not
+        count one in place through `.data` or NumPy: call this again after that. Parameters put in later, a deep copy
+        and an unpickled model start without.
         Returns: the model.
         Raises:  ValueError for weights made in inference mode.
         """

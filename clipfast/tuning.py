@@ -285,8 +285,8 @@ def onednn_is_better(dtype: torch.dtype, rows: int, instructions: str, amx: bool
 
     rows: the bucket, 0 if unknown.   instructions: the best the library has here.   amx: does this CPU have its tiles?
 
-    In float32 they are 1.2 to 2.6 times as fast as oneDNN's and MKL's with AVX-512 and 1.1 to 3 times with AVX2, in
-    bfloat16 on a CPU that must widen it 2.5 to 3.4 times, from 4 rows to 1,600, as measured (there).
+    In float32 they are 1.2 to 2.6 times as fast as oneDNN's and MKL's with AVX-512 and 1.1 to 2.5 times with AVX2, in
+    bfloat16 on a CPU that must widen it 2.5 to 3.4 times, from 4 rows to 1,600 (there, with --instructions).
     """
     if instructions == "baseline":
         return "oneDNN has kernels for this CPU (rule of thumb, not measured)"

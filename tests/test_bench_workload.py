@@ -12,7 +12,7 @@ from clipfast import CLIP, convert_weights, reference
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import environment, harness, peers, plan, workload
 from clipfast.bench.exact import Exact
-from clipfast.kernels import cpu_attention, cpu_library
+from clipfast.kernels import cpu_attention, cpu_library, cpu_linear
 from clipfast.tokenizer import tokenize
 
 from .bench_models import TINY, TINY_RESNET, WORDS
@@ -69,6 +69,18 @@ def test_linear_checks_and_writes(tmp_path, capsys):
     assert all(row["status"] == "ok" and row["rounds"] == "2" for row in rows)
     assert all(0 < float(row["rel_rms"]) < 1e-2 for row in rows)
     assert capsys.readouterr().out.count("300x512x64") == sum(row["rows"] == "300" for row in rows)
+
+
+@pytest.mark.skipif(cpu_library.missing() is not None, reason="libclipfast_cpu is not built")
+def test_linear_takes_the_form_asked_for(monkeypatch, capsys):
+    forms = set()
+    plain = cpu_linear.linear
+    monkeypatch.setattr(cpu_linear, "linear", lambda *of: forms.add(of[5]) or plain(*of))
+    assert linear.main(["--shapes", "7x64x32", "--rounds", "1", "--instructions", "baseline"]) == 0
+    assert forms == {"baseline"}
+    with pytest.raises(SystemExit):
+        linear.main(["--instructions", "sse9"])
+    assert "invalid choice: 'sse9'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(cpu_library.missing() is not None, reason="libclipfast_cpu is not built")

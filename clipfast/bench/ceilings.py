@@ -80,7 +80,6 @@ def products(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], 
     ways: dict[str, Callable[[], Tensor]] = {PLAIN: lambda: F.linear(x, weight, bias)}
     if _fuses(x.dtype):
         ways[FUSED] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    # in float32 with its sums cut into chains, where that pays; cutting the weight is part of the call
     ways[OURS] = lambda: ops.linear(x, weight, bias)
     return ways
 
