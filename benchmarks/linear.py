@@ -9,8 +9,10 @@ that the calls before it did not, as a layer does in a model: it comes from memo
 
 What an older CPU would find: clipfast's product in that form, and the others held to the same instructions, as in
 
-    ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m benchmarks.linear --dtypes float32 --instructions avx2
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE python -m benchmarks.linear --dtypes bfloat16 --instructions avx512
+    export ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+    python -m benchmarks.linear --dtypes float32 --instructions avx2
+    export ONEDNN_MAX_CPU_ISA=AVX512_CORE
+    python -m benchmarks.linear --dtypes bfloat16 --instructions avx512
 """
 
 from __future__ import annotations
