@@ -19,7 +19,7 @@ enum clipfast_cpu_dtype { CLIPFAST_CPU_FLOAT32 = 0, CLIPFAST_CPU_BFLOAT16 = 1 };
 
 enum clipfast_cpu_error {
     CLIPFAST_CPU_OK = 0,
-    CLIPFAST_CPU_ERROR_ARGUMENT = -1,     /* a null pointer, a size out of range, an unknown dtype or struct_size */
+    CLIPFAST_CPU_ERROR_ARGUMENT = -1,     /* a null pointer, a bad size, an unknown dtype, activation or struct_size */
     CLIPFAST_CPU_ERROR_INSTRUCTIONS = -2, /* this CPU has not the instructions asked for */
     CLIPFAST_CPU_ERROR_MEMORY = -3        /* no memory for what is computed in between */
 };

@@ -17,6 +17,17 @@ constexpr int BLOCK = 48;  // queries whose scores exist at a time
 constexpr int CHAIN = 128; // keys summed in one chain: longer ones would round more than PyTorch's
 constexpr int TURNS = 16;  // in which a thread takes its tasks, if there are so many
 
+// n values as float32, then zeros up to a multiple of LANES
+template <typename T>
+void load_row(const T *from, float *to, int n) {
+    for (int i = 0; i < n; i += LANES) store(to + i, load_some(from + i, n - i));
+}
+
+template <typename T>
+void store_row(T *to, const float *from, int n, float factor) {
+    for (int i = 0; i < n; i += LANES) store_some(to + i, load(from + i) * factor, n - i);
+}
+
 // c[R][C * LANES] = (or +=) a[R][k] . b[k][C * LANES]
 template <int R, int C>
 void product(const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int k, bool add) {

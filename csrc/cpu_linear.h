@@ -95,22 +95,6 @@ Floats activated(Floats x, int activation) {
     return activation == CLIPFAST_CPU_GELU ? gelu(x) : x;
 }
 
-template <typename T>
-Floats load_some(const T *from, int64_t n) {
-    if (n >= LANES) return load(from);
-    T some[LANES] = {};
-    memcpy(some, from, n * sizeof(T));
-    return load(some);
-}
-
-template <typename T>
-void store_some(T *to, Floats x, int64_t n) {
-    if (n >= LANES) return store(to, x);
-    T some[LANES];
-    store(some, x);
-    memcpy(to, some, n * sizeof(T));
-}
-
 // What becomes of the sums of columns [column, column + n), n <= LANES or more: bias, activation, residual.
 template <typename T>
 struct Finish {

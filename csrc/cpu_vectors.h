@@ -64,25 +64,21 @@ inline void store(uint16_t *to, Floats x) {
     memcpy(to, &half, sizeof half);
 }
 
-// n values as float32, then zeros up to a multiple of LANES
+// n of them, if that is less than LANES, and then zeros
 template <typename T>
-void load_row(const T *from, float *to, int n) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
-    if (i == n) return;
-    T rest[LANES] = {};
-    memcpy(rest, from + i, (n - i) * sizeof(T));
-    store(to + i, load(rest));
+Floats load_some(const T *from, int64_t n) {
+    if (n >= LANES) return load(from);
+    T some[LANES] = {};
+    memcpy(some, from, n * sizeof(T));
+    return load(some);
 }
 
 template <typename T>
-void store_row(T *to, const float *from, int n, float factor) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i) * factor);
-    if (i == n) return;
-    T rest[LANES];
-    store(rest, load(from + i) * factor);
-    memcpy(to + i, rest, (n - i) * sizeof(T));
+void store_some(T *to, Floats x, int64_t n) {
+    if (n >= LANES) return store(to, x);
+    T some[LANES];
+    store(some, x);
+    memcpy(to, some, n * sizeof(T));
 }
 
 // Where each lane of a shuffled register comes from. Made while compiling: a loop would make it anew each time.

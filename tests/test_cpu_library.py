@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,3 +201,51 @@ def test_this_cpu_runs_every_form_that_pytorch_finds_it_can(cpu_library):
     for code in range(1, 5):
         runs = cpu_library.clipfast_cpu_linear(linear_args(instructions=code)) == 0
         assert runs == (code <= cpu_library.clipfast_cpu_best())
+
+
+BEFORE_A_GUARD = """
+import ctypes, itertools, mmap, sys
+from pathlib import Path
+import torch
+from clipfast.kernels import cpu_attention, cpu_library, cpu_linear
+from clipfast.packing import Rows
+
+cpu_library.LIBRARY.forget(Path(sys.argv[1]))
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+kept = []
+
+def guarded(tensor):
+    "A copy whose last byte is the last before a page that nobody may touch."
+    size = -(-max(1, tensor.nbytes) // page) * page
+    memory = mmap.mmap(-1, size + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + size), page, 0) == 0  # PROT_NONE
+    kept.append(memory)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - tensor.nbytes)
+    return copy.view(tensor.shape).copy_(tensor)
+
+torch.set_num_threads(2)
+best = cpu_library.LIBRARY.use().clipfast_cpu_best()
+forms = [name for name, code in cpu_library.INSTRUCTIONS.items() if 0 < code <= best]
+for form, dtype in itertools.product(forms, (torch.float32, torch.bfloat16)):
+    for rows, terms, columns in itertools.product((1, 7, 300), (1, 17, 64, 130), (1, 3, 6, 67, 97)):
+        x, weight, bias, residual = (
+            guarded(torch.randn(shape).to(dtype))
+            for shape in ((rows, terms), (columns, terms), (columns,), (rows, columns))
+        )
+        cpu_linear.linear(x, weight, bias, "gelu", residual, form)
+    for width, causal in itertools.product((1, 17, 64), (True, False)):
+        qkv = guarded(torch.randn(70, 3, 2, width).to(dtype))
+        cpu_attention.attention(qkv, Rows((3, 50, 17)), causal, None, form)
+if "--read-beyond" in sys.argv:
+    ctypes.string_at(qkv.data_ptr() + qkv.nbytes, 1)
+print("nothing was read beyond")
+"""
+
+
+@pytest.mark.parametrize("beyond", [(), ("--read-beyond",)], ids=["", "the guard works"])
+def test_nothing_beyond_an_argument_is_read(cpu_library_file, beyond):
+    command = [sys.executable, "-c", BEFORE_A_GUARD, str(cpu_library_file), *beyond]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=csrc.ROOT, timeout=300, check=False)
+    assert (done.returncode == 0) == (not beyond), done.stderr
+    assert ("nothing was read beyond" in done.stdout) == (not beyond)
