@@ -274,7 +274,8 @@ def patch_weight_bwd(
 # On a CPU
 
 # rows of bfloat16 up to which libclipfast_cpu multiplies faster than oneDNN does, where the CPU multiplies bfloat16
-# itself: at 64 rows 1.2 times as fast, at 100 0.95 times (`python -m benchmarks.linear`; AMD EPYC, Zen 5, two cores)
+# itself: at 32 rows 1.3 times as fast, at 64 0.9 to 1.2, at 100 0.8 to 0.9 (`python -m benchmarks.linear --instructions
+# avx512_bf16`; AMD EPYC, Zen 5, two cores, 2026-11)
 FEW_BFLOAT16_ROWS = 64
 # and with AMX, whose products nobody here has timed: as many as a caption, where reading the weight is all the time
 FEW_BFLOAT16_ROWS_AMX = 16
@@ -285,8 +286,9 @@ def onednn_is_better(dtype: torch.dtype, rows: int, instructions: str, amx: bool
 
     rows: the bucket, 0 if unknown.   instructions: the best the library has here.   amx: does this CPU have its tiles?
 
-    In float32 they are 1.2 to 2.6 times as fast as oneDNN's and MKL's with AVX-512 and 1.1 to 2.5 times with AVX2, in
-    bfloat16 on a CPU that must widen it 2.5 to 3.4 times, from 4 rows to 1,600 (there, with --instructions).
+    From 16 rows to 1,600 they are 1.4 to 2.2 times as fast as `F.linear` in float32 with AVX-512, 1.0 to 1.7 times with
+    AVX2, and in bfloat16 that must be widened 2.4 to 3.4 times (there). oneDNN's float32 product is up to 1.3 times as
+    fast as ours at 512 rows, but rounds twice as much as `F.linear`; cut in chains, so that it does not, it is slower.
     """
     if instructions == "baseline":
         return "oneDNN has kernels for this CPU (rule of thumb, not measured)"
