@@ -294,7 +294,7 @@ def onednn_is_better(dtype: torch.dtype, rows: int, instructions: str, amx: bool
         return "oneDNN has kernels for this CPU (rule of thumb, not measured)"
     few = FEW_BFLOAT16_ROWS_AMX if amx else FEW_BFLOAT16_ROWS
     if dtype == torch.bfloat16 and (amx or instructions == "avx512_bf16") and not 0 < rows <= few:
-        return f"oneDNN is as fast in bfloat16 from {few} rows on"
+        return f"oneDNN is as fast in bfloat16 beyond {few} rows"
     return None
 
 
@@ -305,7 +305,7 @@ FEW_POOLED_ROWS = 64
 
 def reassociated_is_better(rows: int) -> str | None:
     """Why one query a sequence is better answered without keys and values, or None if it is not.   rows: the bucket."""
-    return None if 0 < rows <= FEW_POOLED_ROWS else f"its keys and values cost more from {FEW_POOLED_ROWS} rows on"
+    return None if 0 < rows <= FEW_POOLED_ROWS else f"its keys and values cost more beyond {FEW_POOLED_ROWS} rows"
 
 
 # Larger blocks glibc takes from the system at each call and gives back at once, to be faulted in page by page.

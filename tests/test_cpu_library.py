@@ -69,7 +69,7 @@ def test_many_rows_of_bfloat16_are_left_to_onednn(amx, few, instructions):
         pytest.skip("oneDNN does not multiply bfloat16 here")
     for rows in (16, 32, 64, 128):
         assert runs_on("linear", torch.bfloat16, rows=rows)[0] == ("cpu" if rows <= few else "onednn"), rows
-    assert runs_on("linear", torch.bfloat16)[1]["cpu"] == f"oneDNN is as fast in bfloat16 from {few} rows on"
+    assert runs_on("linear", torch.bfloat16)[1]["cpu"] == f"oneDNN is as fast in bfloat16 beyond {few} rows"
     instructions("baseline")
     assert runs_on("linear")[0] == "onednn" and "rule of thumb, not measured" in runs_on("linear")[1]["cpu"]
     with pytest.raises(RuntimeError, match="inference only"):
@@ -82,7 +82,7 @@ def test_few_rows_are_pooled_with_keys_and_values(instructions):
         instructions("avx512_bf16")
         ran = {rows: runs_on("attention_pool", dtype, rows=rows)[0] for rows in (0, 16, 64, 128)}
         assert ran == {0: "torch", 16: "cpu", 64: "cpu", 128: "torch"}
-    assert "cost more from 64 rows on" in runs_on("attention_pool")[1]["cpu"]
+    assert "cost more beyond 64 rows" in runs_on("attention_pool")[1]["cpu"]
     assert runs_on("attention_pool", torch.float16, rows=16)[1]["cpu"] == "has no float16 products"
 
 
