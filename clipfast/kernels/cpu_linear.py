@@ -8,7 +8,7 @@ are. Beside both on one machine: `python -m benchmarks.linear`.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -78,25 +78,9 @@ def linear(
     return _linear(x, weight, bias, residual, activation or "none", instructions)
 
 
-def mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    activation: str,
-    eps: float,
-) -> Tensor:
-    """x + fc2(activation(fc1(LayerNorm(x)))); dtypes as `linear`'s."""
-    y = eager.layer_norm(x, norm_weight, norm_bias, eps)
-    return linear(linear(y, fc1_weight, fc1_bias, activation, None), fc2_weight, fc2_bias, None, x)
-
-
-def patch_embed(*arguments: Any) -> Tensor:
-    """`clipfast.ops.patch_embed` without gradients; dtypes as `linear`'s."""
-    return eager.patch_embed_by(linear, *arguments)
+# `clipfast.ops.mlp` and `patch_embed` without gradients; dtypes as `linear`'s
+mlp = functools.partial(eager.mlp, multiply=linear)
+patch_embed = functools.partial(eager.patch_embed_by, linear)
 
 
 def attention_pool(

@@ -71,9 +71,10 @@ def mlp(
     fc2_bias: Tensor,
     activation: str,
     eps: float,
+    multiply: Callable[..., Tensor] = linear,
 ) -> Tensor:
-    hidden = linear(layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias, activation, None)
-    return linear(hidden, fc2_weight, fc2_bias, None, x)
+    hidden = multiply(layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias, activation, None)
+    return multiply(hidden, fc2_weight, fc2_bias, None, x)
 
 
 def attention(qkv: Tensor, rows: Rows, causal: bool, scale: float | None) -> Tensor:
@@ -170,7 +171,7 @@ def patch_embed(
 
 
 def patch_embed_by(
-    linear: Callable[..., Tensor],
+    multiply: Callable[..., Tensor],
     images: Tensor,
     weight: Tensor,
     class_embedding: Tensor,
@@ -181,10 +182,10 @@ def patch_embed_by(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """patch_embed without gradients, by a backend's own `linear`; no copy of the tokens."""
+    """patch_embed without gradients, by a backend's own `linear`, `multiply`; no copy of the tokens."""
     width, size = weight.shape[0], weight.shape[-1]
     pixels = to_weight_dtype(images, weight, mean, std)
-    y = linear(patches(pixels, size), weight.flatten(1), None, None, None)
+    y = multiply(patches(pixels, size), weight.flatten(1), None, None, None)
     tokens = y.new_empty(len(images), len(positional_embedding), width)
     positional_embedding = positional_embedding.to(y.dtype)
     tokens[:, 0] = class_embedding.to(y.dtype) + positional_embedding[0]
