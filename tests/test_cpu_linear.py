@@ -173,6 +173,12 @@ def test_bfloat16_is_rounded_to_the_nearest_and_to_even(form):
         assert torch.equal(got[:, :5], exact[:5].expand(rows, -1)) and got[:, 5].isnan().all()
 
 
+@pytest.mark.parametrize("rows", [9, 300])
+def test_bfloat16_is_summed_in_float32_and_rounded_once(form, rows):
+    case = linear_case(rows, 512, 64, torch.bfloat16)
+    assert (run(case, form) != case.exact()[0].bfloat16()).double().mean() < 0.01
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 5), (3, 8, 0), (3, 0, 5), (300, 0, 5), (0, 0, 0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_nothing_to_sum(shape, dtype):
