@@ -13,7 +13,7 @@ constexpr int64_t FEW = sizeof(T) == 4 ? 256 : 96;
 template <typename T>
 int linear(const clipfast_cpu_linear_args &args) {
     if (args.rows == 0 || args.columns == 0) return CLIPFAST_CPU_OK;
-    const bool whole_words = args.terms > 0 && args.terms * sizeof(T) % 4 == 0;
+    const bool whole_words = args.terms > 0 && args.terms % IN_A_WORD<T> == 0;
     return args.rows <= FEW<T> || !whole_words ? few_rows<T>(args) : many_rows<T>(args);
 }
 

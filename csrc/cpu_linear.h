@@ -34,12 +34,6 @@ struct Terms {
     }
 };
 
-inline Floats as_floats(Words bits) {
-    Floats x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 inline float as_float(float x) { return x; }
 inline float as_float(uint16_t x) {
     const uint32_t bits = uint32_t(x) << 16;
@@ -49,7 +43,7 @@ inline float as_float(uint16_t x) {
 }
 
 inline void add_product(Floats &sum, const Terms<float> &a, const Terms<float> &b) {
-    sum += as_floats(a.bits) * as_floats(b.bits);
+    sum += (Floats)a.bits * (Floats)b.bits;
 }
 
 // two neighbours go to one lane
@@ -57,8 +51,8 @@ inline void add_product(Floats &sum, const Terms<uint16_t> &a, const Terms<uint1
 #if defined(__AVX512BF16__)
     sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.bits, (__m512bh)b.bits);
 #else
-    sum += as_floats(a.bits << 16) * as_floats(b.bits << 16);
-    sum += as_floats(a.bits & 0xffff0000u) * as_floats(b.bits & 0xffff0000u);
+    sum += (Floats)(a.bits << 16) * (Floats)(b.bits << 16);
+    sum += (Floats)(a.bits & 0xffff0000u) * (Floats)(b.bits & 0xffff0000u);
 #endif
 }
 

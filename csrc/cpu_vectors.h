@@ -45,10 +45,7 @@ inline void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
 inline Floats load(const uint16_t *from) {
     Halves half;
     memcpy(&half, from, sizeof half);
-    const Words word = __builtin_convertvector(half, Words) << 16;
-    Floats x;
-    memcpy(&x, &word, sizeof x);
-    return x;
+    return (Floats)(__builtin_convertvector(half, Words) << 16);
 }
 
 // to the nearest, to even in the middle; a NaN stays one
@@ -56,8 +53,7 @@ inline void store(uint16_t *to, Floats x) {
 #if defined(__AVX512BF16__)
     const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
 #else
-    Words word;
-    memcpy(&word, &x, sizeof word);
+    const Words word = (Words)x;
     const Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     const Halves half = __builtin_convertvector((Words)(x == x ? (Ints)rounded : (Ints)(Words{} + 0x7fc0)), Halves);
 #endif
@@ -147,10 +143,7 @@ inline Floats exp_of_negative(Floats x) {
     p = p * r + 1.6666665e-1f;
     p = p * r + 0.5f;
     p = p * (r * r) + r + 1.0f;
-    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-    Floats power;
-    memcpy(&power, &exponent, sizeof power);
-    const Floats zero = {};
+    const Floats power = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23), zero = {};
     return x < -87.0f ? zero : p * power;
 }
 
