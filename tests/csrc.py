@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipfast.kernels.shared_library import SharedLibrary
 
@@ -48,6 +49,17 @@ def loaded_from(library: SharedLibrary, path: Path) -> Iterator[ctypes.CDLL]:
     assert library.missing() is None
     yield library.use()
     library.forget(installed)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside the block PyTorch, and so the library, has this many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_header_agrees(header: str, library: SharedLibrary, struct: type[ctypes.Structure]) -> None:

@@ -13,6 +13,7 @@ from clipfast import ops
 from clipfast.kernels import cpu_attention
 from clipfast.packing import Rows
 
+from . import csrc
 from .accuracy import assert_accurate
 from .op_cases import Case, attention_case
 
@@ -81,24 +82,16 @@ def test_flat_and_sharp_softmaxes(form, size, dtype):
 def test_any_lengths_and_threads(lengths, heads, width, causal, threads):
     """With more threads than heads they share the queries of a head. A peer may do well by luck on a few numbers."""
     case = attention_case(lengths, heads, width, causal=causal)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with csrc.threads(threads):
         torch.testing.assert_close(run(case).double(), *case.exact(), rtol=0, atol=1e-5)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_threads_change_nothing(form):
     case = attention_case([257, 50, 8], 2, causal=False)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 7):
+        with csrc.threads(count):
             results.append(run(case, form))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results)
 
 

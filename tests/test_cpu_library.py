@@ -124,9 +124,9 @@ def test_header_and_python_agree(struct):
     csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", {str(d)[6:]: code for d, code in library.DTYPES.items()})
 
 
-# as addresses: nothing is read from them
-SOMEWHERE = ctypes.addressof((ctypes.c_int32 * 2)())
-NO_ROWS = (ctypes.c_int32 * 2)()
+# as addresses: offsets of a sequence without rows, and nothing else is read from them
+NOTHING = (ctypes.c_int32 * 2)()
+SOMEWHERE = ctypes.addressof(NOTHING)
 
 
 def attention_args(**changes) -> library.AttentionArgs:
@@ -141,7 +141,7 @@ def linear_args(**changes) -> library.LinearArgs:
     return library.LinearArgs(**(values | changes))
 
 
-ONE_SEQUENCE = {"sequences": 1, **dict.fromkeys(("qkv", "out", "offsets"), ctypes.addressof(NO_ROWS))}
+ONE_SEQUENCE = {"sequences": 1, **dict.fromkeys(("qkv", "out", "offsets"), SOMEWHERE)}
 ONE_ROW = {"rows": 1, **dict.fromkeys(("x", "weight", "out"), SOMEWHERE)}
 REFUSED = [
     *(("attention", changes) for changes in ({"struct_size": 8}, {"heads": 0}, {"width": 0}, {"threads": 0})),

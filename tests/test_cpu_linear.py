@@ -13,6 +13,7 @@ import clipfast
 from clipfast import ops
 from clipfast.kernels import cpu_linear
 
+from . import csrc
 from .accuracy import assert_accurate
 from .op_cases import Case, weights
 
@@ -84,12 +85,8 @@ def test_what_becomes_of_a_sum(form, rows, activation, residual, bias, dtype):
 def test_any_shape_and_threads(rows, terms, columns, dtype, activation, threads):
     """A peer may do well by luck on a few numbers: beside the exact result alone."""
     case = linear_case(rows, terms, columns, dtype, activation=activation)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with csrc.threads(threads):
         got = run(case)
-    finally:
-        torch.set_num_threads(before)
     rtol = 0.51 * torch.finfo(torch.bfloat16).eps if dtype == torch.bfloat16 else 0
     torch.testing.assert_close(got.double(), *case.exact(), rtol=rtol, atol=5e-6)
 
@@ -98,14 +95,10 @@ def test_any_shape_and_threads(rows, terms, columns, dtype, activation, threads)
 @pytest.mark.parametrize("rows", [3, 150, 300])
 def test_threads_change_nothing(form, rows, dtype):
     case = linear_case(rows, 300, 410, dtype)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 7):
+        with csrc.threads(count):
             results.append(run(case, form))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results)
 
 
@@ -157,8 +150,8 @@ def test_activations_everywhere(form, activation, columns):
     bound = torch.maximum(4 * torch.finfo(torch.float32).eps * exact.abs(), 2 * (peer.double() - exact).abs())
     assert (error <= bound + 1e-7 * (x.abs() < 15) * x.abs() + 1e-37).all()
     special = torch.tensor([[float("nan")], [float("inf")]])
-    assert run(case._replace(arguments=(special, *case.arguments[1:])), form)[:, 0].tolist()[1] == float("inf")
-    assert run(case._replace(arguments=(special, *case.arguments[1:])), form)[0].isnan().all()
+    of_special = run(case._replace(arguments=(special, *case.arguments[1:])), form)
+    assert of_special[0].isnan().all() and of_special[1, 0] == float("inf")
 
 
 def test_bfloat16_is_rounded_to_the_nearest_and_to_even(form):
