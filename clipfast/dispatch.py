@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipfast import reference, tuning
+from clipfast import compat, reference, tuning
 from clipfast.kernels import cpu_attention, cpu_library, cpu_linear, eager, eager_gradients, library, native, onednn
 from clipfast.kernels.loss_autograd import contrastive_loss
 
@@ -34,7 +34,7 @@ class Call(NamedTuple):
     device: str
     dtype: torch.dtype
     grad: bool = False  # a gradient will be asked for
-    traced: bool = False  # torch.compile, torch.jit.trace, torch.func or a dispatch mode looks at each operator
+    traced: bool = False  # torch.compile, torch.jit.trace, torch.func or a mode looks at each operator
     autocast: bool = False
     onednn: bool = True  # torch.backends.mkldnn.enabled
     architecture: int = 0  # of a GPU, as in clipfast.tuning
@@ -74,7 +74,7 @@ def _not_eager(call: Call, *, grad: bool = False) -> str | None:
     if call.grad and not grad:
         return "inference only, and a gradient is wanted (torch.no_grad() allows it)"
     if call.traced:
-        return "not traceable (torch.jit, torch.func or a dispatch mode is on)"
+        return "not traceable (torch.jit, torch.func or a mode of PyTorch's is on)"
     return "autocast is on" if call.autocast and not (grad and call.grad) else None
 
 
@@ -89,9 +89,10 @@ def _not_on_this_cpu(call: Call, what: str) -> str | None:
 def _onednn_refuses(operator: str, call: Call) -> str | None:
     if reason := _not_on_this_cpu(call, "products"):
         return reason
-    if call.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if call.dtype == torch.bfloat16 and not compat.onednn_has_bfloat16():
         return "this CPU has no bfloat16 products (AVX-512 needed)"
-    return _not_eager(call) or onednn.missing() or (None if call.onednn else "torch.backends.mkldnn.enabled is False")
+    switched_off = None if call.onednn else "torch.backends.mkldnn.enabled is False"
+    return _not_eager(call) or compat.onednn_missing() or switched_off
 
 
 def _cpu_refuses(operator: str, call: Call) -> str | None:
@@ -113,7 +114,7 @@ def _cpu_yields(operator: str, call: Call) -> str | None:
 
 @functools.cache
 def _has_amx() -> bool:
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return compat.cpu_has_amx()
 
 
 def _gpu_refuses(call: Call) -> str | None:
@@ -304,13 +305,7 @@ def decide(operator: str, forced: str | None, call: Call) -> Decision:
 
 def traced() -> bool:
     """True while something other than plain eager execution looks at each operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or compat.each_operator_is_seen()
 
 
 def _one_dtype(*tensors: Tensor) -> bool:
@@ -370,6 +365,7 @@ def _rows(operator: str, x: Tensor, arguments: tuple[Any, ...]) -> int:
     return tuning.rows_bucket(x.numel() // max(1, x.shape[-1]))
 
 
+@compat.constant_when_traced
 def _compiled_on(operator: str, device: str, dtype: torch.dtype, autocast: bool, facts: tuple) -> str:
     """The backend of an operator in a graph that torch.compile traces: our registered kernels or PyTorch's own.
 
@@ -382,10 +378,6 @@ def _compiled_on(operator: str, device: str, dtype: torch.dtype, autocast: bool,
         call = call._replace(architecture=tuning.architecture(torch.device(device)))
     name = decide(operator, None, call).backend
     return name if name in ("cuda", "triton") else "torch"
-
-
-# all that torch.compiler.assume_constant_result does; that would import torch._dynamo: a second of everybody's time
-_compiled_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:

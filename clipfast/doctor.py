@@ -9,6 +9,7 @@ from importlib import metadata
 
 import torch
 
+from clipfast import compat
 from clipfast.dispatch import Explanation, explain
 
 __all__ = ["report"]
@@ -36,7 +37,7 @@ _USES = (
 
 def report() -> str:
     """The whole report as plain text; it names no file and no folder of this machine."""
-    parts = [_versions(), _machine()]
+    parts = [_versions(), _machine(), *_missing()]
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parts += [_backends(device) for device in devices]
     return "\n\n".join(parts)
@@ -58,6 +59,12 @@ def _versions() -> str:
     rows += [(names[0], _version(names) or "NOT INSTALLED: clipfast needs it") for names in _NEEDED]
     rows += [(names[0], _version(names) or f"not installed (needed for {purpose})") for names, purpose in _OPTIONAL]
     return _section("Installed", rows)
+
+
+def _missing() -> list[str]:
+    """A section only where something is missing: else there is nothing to tell."""
+    rows = [f"  torch.{entry.name} ({entry.purpose}): {entry.without}" for entry in compat.missing()]
+    return ["\n".join(["Private names that this PyTorch lacks", *rows])] if rows else []
 
 
 def _machine() -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.checkpoint import checkpoint
 
-from clipfast import dispatch, graphs, ops, tuning
+from clipfast import compat, dispatch, graphs, ops, tuning
 from clipfast.inputs import check_images, check_same_device, check_text, mean_std, normalised, pair, refuse_nan_pixels
 from clipfast.packing import PackedText, Rows, pack_text
 from clipfast.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
@@ -57,8 +57,8 @@ def _as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _looked_at() -> bool:
-    """True while every module call or every operator is watched: global hooks, tracing, torch.func, dispatch modes."""
-    return dispatch.traced() or nn.modules.module._has_any_global_hook()
+    """True while every module call or every operator is watched: global hooks, tracing, torch.func, modes."""
+    return dispatch.traced() or compat.each_module_is_hooked()
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from clipfast import compat
+
 __all__ = ["interleaved", "medians", "on_device"]
 
 # of a GPU, about half a millisecond
@@ -56,7 +58,7 @@ def on_device(run: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - start
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     # the GPU waits while the CPU enqueues what is timed, or the first launch's way to it would count
-    torch.cuda._sleep(HEAD_START_CYCLES)
+    compat.hold_gpu(HEAD_START_CYCLES)
     first.record()
     run()
     last.record()

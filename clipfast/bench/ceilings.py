@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast import ops
+from clipfast import compat, ops
 from clipfast.timing import on_device
 
 COPY = "copy"
@@ -79,13 +79,12 @@ def products(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], 
     """The ways to x @ weight.T + bias that this CPU has."""
     ways: dict[str, Callable[[], Tensor]] = {PLAIN: lambda: F.linear(x, weight, bias)}
     if _fuses(x.dtype):
-        ways[FUSED] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        ways[FUSED] = lambda: compat.linear_pointwise(x, weight, bias, "none", [], "")
     ways[OURS] = lambda: ops.linear(x, weight, bias)
     return ways
 
 
 def _fuses(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if compat.onednn_missing():
         return False
-    bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 or bfloat16
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and compat.onednn_has_bfloat16())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast import compat
 from clipfast.kernels import eager, gradients
 from clipfast.packing import Rows
 
@@ -84,7 +85,7 @@ class _Attention(torch.autograd.Function):
         with gradients.no_autocast(qkv):
             out, sums = cast.new_empty(total, heads, width), []
             for q, k, v, part in _runs(cast, rows, out):
-                y, log_sum_exp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+                y, log_sum_exp = compat.flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
                 part.copy_(y)
                 sums.append(log_sum_exp)
         ctx.save_for_backward(qkv, cast, out, *sums)
@@ -118,7 +119,7 @@ def _flash_bwd(
     into: tuple[Tensor, ...], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     causal: bool, scale: float | None,
 ) -> None:  # fmt: skip
-    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+    found = compat.flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
     for target, gradient in zip(into, found, strict=True):
         target.copy_(gradient)
 
@@ -169,4 +170,6 @@ def attention(qkv: Tensor, rows: Rows, causal: bool, scale: float | None) -> Ten
     return _Attention.apply(qkv, rows, causal, scale) if on_cpu else eager.attention(qkv, rows, causal, scale)
 
 
-OPERATORS = {"layer_norm": functools.partial(gradients.layer_norm, PRIMITIVES), "mlp": mlp, "attention": attention}
+OPERATORS = {"layer_norm": functools.partial(gradients.layer_norm, PRIMITIVES), "mlp": mlp}
+if compat.flash_attention_for_cpu is not None and compat.flash_attention_for_cpu_backward is not None:
+    OPERATORS["attention"] = attention

@@ -27,7 +27,7 @@ def define(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     devices: tuple[str, ...] = ("CUDA", "CPU"),
-) -> torch._ops.OpOverload:
+) -> Callable[..., Any]:
     """Registers `clipfast::<schema>` and returns the operator.
 
     implementation: gets the arguments of the schema, the first of them a tensor whose device becomes the current one.

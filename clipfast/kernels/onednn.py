@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from clipfast import compat
 from clipfast.kernels import eager
 
 # A float32 product sums at most this many terms in one chain; longer ones are cut, and the parts added. A single chain
@@ -33,15 +34,6 @@ BLOCK = 512
 QUICK = 1.702
 
 Operator = Callable[..., Tensor]
-
-
-def missing() -> str | None:
-    """Why this PyTorch has no fused oneDNN products, or None if it has."""
-    if not torch.backends.mkldnn.is_available():
-        return "this PyTorch is built without oneDNN"
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return "this PyTorch has no mkldnn::_linear_pointwise"
-    return None
 
 
 class Layout(NamedTuple):
@@ -61,7 +53,7 @@ def _layout(weight: Tensor, rows: int | None) -> Layout:
     step = terms if n_parts == 1 else -(-terms // (64 * n_parts)) * 64
     parts = [part.contiguous() for part in weight.split(step, dim=1)]
     if rows is None or (rows > BLOCK and n_parts > 1):
-        parts = [torch.ops.mkldnn._reorder_linear_weight(part, BLOCK) for part in parts]
+        parts = [compat.reorder_linear_weight(part, BLOCK) for part in parts]
     return Layout(step, parts)
 
 
@@ -127,14 +119,14 @@ class Product:
         """x: [M, K].   post, form: oneDNN's name of the activation, fused.   add: [M, N], added instead of one."""
         if len(self.weights) == 1:
             if add is None:
-                return torch.ops.mkldnn._linear_pointwise(x, self.weights[0], self.bias, post, [], form)
-            return torch.ops.mkldnn._linear_pointwise.binary(x, add, self.weights[0], self.bias, "add")
+                return compat.linear_pointwise(x, self.weights[0], self.bias, post, [], form)
+            return compat.linear_pointwise_binary(x, add, self.weights[0], self.bias, "add")
         y, bias = add, self.bias
         for part, weight in zip(x.split(self.step, dim=1), self.weights, strict=True):
             if y is None:
-                y = torch.ops.mkldnn._linear_pointwise(part.contiguous(), weight, bias, "none", [], "")
+                y = compat.linear_pointwise(part.contiguous(), weight, bias, "none", [], "")
             else:
-                y = torch.ops.mkldnn._linear_pointwise.binary(part.contiguous(), y, weight, bias, "add")
+                y = compat.linear_pointwise_binary(part.contiguous(), y, weight, bias, "add")
             bias = None
         return _ACTIVATE[post](y)
 

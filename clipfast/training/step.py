@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipfast import compat
 from clipfast.model import CLIP
 
 __all__ = ["Loss", "Pairs", "accumulate_gradients"]
@@ -103,7 +104,7 @@ def _encode(
 @contextlib.contextmanager
 def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
     """Leaves BatchNorm's running statistics to the second pass, or each batch would count twice."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, compat.BATCH_NORMS) and m.track_running_stats]
     tracking = [norm for norm in norms if norm.training]
     for norm in tracking:
         norm.track_running_stats = False
