@@ -50,6 +50,9 @@ PRIVATE = (
     Private("nn.Module._forward_pre_hooks", "hooks on one module", "encode_* raises", inline=True),
     Private("nn.Module._backward_hooks", "hooks on one module", "encode_* raises", inline=True),
     Private("nn.Module._backward_pre_hooks", "hooks on one module", "encode_* raises", inline=True),
+    Private("nn.Module._call_impl", "has somebody replaced the call of every module?", "import fails", inline=True),
+    Private("nn.Conv2d._conv_forward", "has somebody replaced a convolution?", "import fails", inline=True),
+    Private("nn.MultiheadAttention._qkv_same_embed_dim", "one weight or three?", "encode_* raises", inline=True),
     Private("nn.Module._modules", "children by name, without named_children's cost", "encode_* raises", inline=True),
     Private("nn.Module._parameters", "has a weight moved since a CUDA graph was made?", "GPU: raises", inline=True),
     Private("nn.Module._buffers", "has a buffer moved since a CUDA graph was made?", "GPU: raises", inline=True),
@@ -81,7 +84,7 @@ def find(name: str) -> Any:
 
 def missing() -> list[Private]:
     """What is not in this PyTorch. Of attributes that a module gets when it is made, a module is asked."""
-    module = torch.nn.Module()
+    module = torch.nn.MultiheadAttention(1, 1)
     return [
         entry
         for entry in PRIVATE

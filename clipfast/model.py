@@ -2,7 +2,12 @@
 
 Each tower has two ways through the same weights. The short way packs rows, runs `clipfast.ops`, and in the last block
 computes the one row per sample that is read. The long way calls every module on full [L, N, W] rows as openai/CLIP
-does; it is taken when somebody looks inside: a hook, a replaced or re-parametrised module, another attention mask.
+does; it is taken when somebody looks inside (`clipfast.watch`): a hook, a replaced or re-parametrised module, another
+attention mask, a function of PyTorch that is no longer PyTorch's.
+
+Programs put classes of their own in place of those in this module and in torch.nn. So constructors look each up by name
+when a model is built, and pass what openai/CLIP's pass; what a module is compared with is the class as it was defined
+(`_MADE`, and PyTorch's from the files that define them).
 """
 
 from __future__ import annotations
@@ -16,13 +21,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.activation import GELU, MultiheadAttention
+from torch.nn.modules.container import Sequential
+from torch.nn.modules.conv import Conv2d
+from torch.nn.modules.linear import Linear, NonDynamicallyQuantizableLinear
+from torch.nn.modules.sparse import Embedding
 from torch.utils.checkpoint import checkpoint
 
-from clipfast import compat, dispatch, graphs, ops, tuning
+from clipfast import dispatch, graphs, ops, tuning
 from clipfast.inputs import check_images, check_same_device, check_text, mean_std, normalised, pair, refuse_nan_pixels
 from clipfast.packing import PackedText, Rows, pack_text
 from clipfast.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
+from clipfast.watch import FUNCTIONS, as_made, looked_at, plain, still_as_made
 
 __all__ = [
     "CLIP",
@@ -40,25 +50,12 @@ __all__ = [
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Has anybody changed what these modules do?
+# Transformer
 
 
-def _as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True if the module is exactly of this class and nobody hooks, patches or re-parametrises it."""
-    return (
-        type(module) is kind
-        and kind.forward is _FORWARD[kind]
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
-
-
-def _looked_at() -> bool:
-    """True while every module call or every operator is watched: global hooks, tracing, torch.func, modes."""
-    return dispatch.traced() or compat.each_module_is_hooked()
+def _watched() -> bool:
+    """Whether somebody wants to see openai/CLIP's calls; torch.compile does not, and takes the operators."""
+    return looked_at() and not torch.compiler.is_compiling()
 
 
 @functools.cache
@@ -76,15 +73,20 @@ def _is_causal(mask: Tensor | None, length: int) -> bool | None:
     return True if torch.equal(mask, _causal_mask(len(mask), mask.dtype, mask.device)) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transformer
-
-
 class LayerNorm(nn.LayerNorm):
     """LayerNorm in float32 for half-precision inputs too; the result has the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        if plain(x) and plain(self.weight) and plain(self.bias) and not _watched():
+            return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        if not isinstance(x, Tensor):
+            return super().forward(x.type(torch.float32)).type(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.weight is None or self.weight.dtype == wide:
+            return super().forward(x.to(wide)).to(x.dtype)
+        # half-precision weights, at which openai/CLIP raises
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), bias, self.eps).to(x.dtype)
 
 
 class QuickGELU(nn.Module):
@@ -94,23 +96,18 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
-
-
 class ResidualAttentionBlock(nn.Module):
     """x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def __init__(self, d_model: int, n_head: int, attn_mask: Tensor | None = None, *, activation: str = "quick_gelu"):
+    def __init__(self, d_model: int, n_head: int, attn_mask: Tensor | None = None):
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         self.attn = nn.MultiheadAttention(d_model, n_head)
         self.ln_1 = LayerNorm(d_model)
         self.mlp = nn.Sequential(
             OrderedDict(
                 [
                     ("c_fc", nn.Linear(d_model, d_model * 4)),
-                    ("gelu", _ACTIVATIONS[activation]()),
+                    ("gelu", QuickGELU()),
                     ("c_proj", nn.Linear(d_model * 4, d_model)),
                 ]
             )
@@ -121,13 +118,15 @@ class ResidualAttentionBlock(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         mask = self.attn_mask
         if mask is not None:
-            length = x.shape[0]
-            mask = (mask[:length, :length] if mask.ndim == 2 else mask).to(dtype=x.dtype, device=x.device)
+            if mask.ndim == 2 and isinstance(x, Tensor):  # torch.fx's stand-in for a tensor knows no length
+                mask = mask[: x.shape[0], : x.shape[0]]
+            mask = mask.to(dtype=x.dtype, device=x.device)
         return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[L, N, W] -> [L, N, W]."""
-        causal = None if _looked_at() or not self.inside_as_made() else _is_causal(self.attn_mask, len(x))
+        short = type(self) is _MADE.block and plain(x) and not looked_at() and still_as_made(self, self.parts)
+        causal = _is_causal(self.attn_mask, len(x)) if short else None
         if causal is None:
             x = x + self.attention(self.ln_1(x))
             return x + self.mlp(self.ln_2(x))
@@ -136,35 +135,38 @@ class ResidualAttentionBlock(nn.Module):
         rows = self.packed(rows, Rows.fixed(batch, length), causal)
         return rows.view(batch, length, width).transpose(0, 1)
 
-    def inside_as_made(self) -> bool:
-        """True if attention and MLP are what __init__ built, so that their weights say all."""
+    def parts(self) -> list[nn.Module] | None:
+        """Its modules, if attention and MLP are what __init__ built, so that their weights say all."""
         attn, mlp = self.attn, self.mlp
-        return (
-            "attention" not in self.__dict__
-            and type(self).attention is _BLOCK_ATTENTION
-            and _as_made(self.ln_1, LayerNorm)
-            and _as_made(self.ln_2, LayerNorm)
-            and _as_made(attn, nn.MultiheadAttention)
-            and _as_made(attn.out_proj, NonDynamicallyQuantizableLinear)
-            and attn.in_proj_weight is not None
-            and attn.in_proj_bias is not None
+        if not (
+            "attn_mask" in vars(self)
+            and "attention" not in vars(self)
+            and as_made(self.ln_1, _MADE.layer_norm, "weight", "bias")
+            and as_made(self.ln_2, _MADE.layer_norm, "weight", "bias")
+            and as_made(attn, MultiheadAttention, "in_proj_weight", "in_proj_bias")
+            and as_made(attn.out_proj, NonDynamicallyQuantizableLinear, "weight", "bias")
+            and attn._qkv_same_embed_dim
             and attn.bias_k is None
+            and attn.bias_v is None
             and not (attn.add_zero_attn or attn.batch_first or (attn.training and attn.dropout))
-            and _as_made(mlp, nn.Sequential)
+            # what PyTorch asserts when it is called
+            and attn.in_proj_weight.shape == (3 * attn.embed_dim, attn.embed_dim)
+            and attn.embed_dim % attn.num_heads == 0
+            and as_made(mlp, Sequential)
             and [*mlp._modules] == ["c_fc", "gelu", "c_proj"]
-            and _as_made(mlp.c_fc, nn.Linear)
-            and _as_made(mlp.c_proj, nn.Linear)
-            and mlp.c_fc.bias is not None
-            and mlp.c_proj.bias is not None
-            and (_as_made(mlp.gelu, QuickGELU) or (_as_made(mlp.gelu, nn.GELU) and mlp.gelu.approximate == "none"))
-        )
+            and as_made(mlp.c_fc, Linear, "weight", "bias")
+            and as_made(mlp.c_proj, Linear, "weight", "bias")
+            and (as_made(mlp.gelu, _MADE.quick_gelu) or (as_made(mlp.gelu, GELU) and mlp.gelu.approximate == "none"))
+        ):
+            return None
+        return [self.ln_1, attn, attn.out_proj, self.ln_2, mlp, mlp.c_fc, mlp.gelu, mlp.c_proj]
 
     def packed(self, x: Tensor, rows: Rows, causal: bool) -> Tensor:
         """The block on packed rows [T, W]."""
         attn = self.attn
         y = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps)
         qkv = ops.linear(y, attn.in_proj_weight, attn.in_proj_bias)
-        heads = qkv.view(len(qkv), 3, attn.num_heads, attn.head_dim)
+        heads = qkv.view(len(qkv), 3, attn.num_heads, attn.embed_dim // attn.num_heads)
         out = ops.attention(heads, rows, causal=causal)
         return self._after_attention(out, x)
 
@@ -182,7 +184,7 @@ class ResidualAttentionBlock(nn.Module):
     def _after_attention(self, out: Tensor, x: Tensor) -> Tensor:
         fc1, fc2, norm = self.mlp.c_fc, self.mlp.c_proj, self.ln_2
         x = ops.linear(out, self.attn.out_proj.weight, self.attn.out_proj.bias, residual=x)
-        activation = "quick_gelu" if type(self.mlp.gelu) is QuickGELU else "gelu"
+        activation = "quick_gelu" if type(self.mlp.gelu) is _MADE.quick_gelu else "gelu"
         return ops.mlp(
             x,
             norm.weight,
@@ -199,27 +201,17 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of residual attention blocks: [L, N, W] -> [L, N, W]."""
 
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        attn_mask: Tensor | None = None,
-        *,
-        activation: str = "quick_gelu",
-    ):
+    def __init__(self, width: int, layers: int, heads: int, attn_mask: Tensor | None = None):
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"a transformer of width {width} does not divide into {heads} heads")
         self.width = width
         self.layers = layers
         self.grad_checkpointing = False
-        self.resblocks = nn.Sequential(
-            *[ResidualAttentionBlock(width, heads, attn_mask, activation=activation) for _ in range(layers)]
-        )
+        self.resblocks = nn.Sequential(*[ResidualAttentionBlock(width, heads, attn_mask) for _ in range(layers)])
 
     def forward(self, x: Tensor) -> Tensor:
-        causal = self.short_way(len(x))
+        causal = self.short_way(len(x)) if plain(x) else None
         if causal is None and not self.grad_checkpointing:
             return self.resblocks(x)
         if causal is None:
@@ -234,13 +226,22 @@ class Transformer(nn.Module):
 
     def short_way(self, length: int) -> bool | None:
         """Whether the blocks are causal, or None if they must be called one by one on full rows."""
-        blocks = [*self.resblocks]
-        if _looked_at() or not _as_made(self.resblocks, nn.Sequential) or not blocks:
+        if looked_at() or not still_as_made(self, self._parts):
             return None
-        if not all(_as_made(block, ResidualAttentionBlock) and block.inside_as_made() for block in blocks):
+        return _is_causal(next(iter(self.resblocks)).attn_mask, length)
+
+    def _parts(self) -> list[nn.Module] | None:
+        blocks = self.resblocks
+        if not as_made(blocks, Sequential) or len(blocks) == 0:
             return None
+        found: list[nn.Module] = [blocks]
+        for block in blocks:
+            parts = block.parts() if as_made(block, _MADE.block) else None
+            if parts is None:
+                return None
+            found += [block, *parts]
         mask = blocks[0].attn_mask
-        return _is_causal(mask, length) if all(block.attn_mask is mask for block in blocks) else None
+        return found if all(block.attn_mask is mask for block in blocks) else None
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
         """Packed rows [T, W] through every block; of the last one only the rows index [B]: -> [B, W]."""
@@ -279,8 +280,6 @@ class VisionTransformer(nn.Module):
         layers: int,
         heads: int,
         output_dim: int,
-        *,
-        activation: str = "quick_gelu",
     ):
         super().__init__()
         self.input_resolution = input_resolution
@@ -293,14 +292,16 @@ class VisionTransformer(nn.Module):
             scale * torch.randn((height // patch_size) * (across // patch_size) + 1, width)
         )
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, activation=activation)
+        self.transformer = Transformer(width, layers, heads)
         self.ln_post = LayerNorm(width)
         self.proj: nn.Parameter | None = nn.Parameter(scale * torch.randn(width, output_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.weight)
-        if not self._short_way():
-            return self._long_way(x)
+        weight = getattr(self.conv1, "weight", None)
+        if isinstance(weight, Tensor):
+            check_images(x, weight)
+        if not (plain(x) and self._short_way()):
+            return self._long_way(x if weight is None else normalised(x, weight.dtype))
         mean, std = mean_std(x)
         x = ops.patch_embed(
             x,
@@ -322,23 +323,38 @@ class VisionTransformer(nn.Module):
         return ops.project(x, self.ln_post.weight, self.ln_post.bias, self.proj, self.ln_post.eps)
 
     def _short_way(self) -> bool:
-        conv = self.conv1
+        shapes = (self.class_embedding.ndim, self.positional_embedding.ndim, 2 if self.proj is None else self.proj.ndim)
         return (
-            _as_made(conv, nn.Conv2d)
-            and conv.bias is None
-            and conv.stride == conv.kernel_size == (conv.kernel_size[0],) * 2
-            and conv.padding == (0, 0)
-            and conv.groups == 1
-            and conv.dilation == (1, 1)
-            and not conv.weight.is_meta
-            and _as_made(self.ln_pre, LayerNorm)
-            and _as_made(self.ln_post, LayerNorm)
-            and _as_made(self.transformer, Transformer)
+            not dispatch.traced()
+            and still_as_made(self, self._parts)
+            and shapes == (1, 2, 2)
+            and len(self.positional_embedding) > 1
+            and not self.conv1.weight.is_meta
             and self.transformer.short_way(len(self.positional_embedding)) is False
         )
 
+    def _parts(self) -> list[nn.Module] | None:
+        conv = self.conv1
+        if not (
+            as_made(conv, Conv2d, "weight")
+            and conv.bias is None
+            and conv.stride == conv.kernel_size == (conv.kernel_size[0],) * 2
+            and conv.weight.shape[2:] == conv.kernel_size
+            and conv.padding == (0, 0)
+            and conv.groups == 1
+            and conv.dilation == (1, 1)
+            and plain(self.class_embedding)
+            and plain(self.positional_embedding)
+            and (self.proj is None or plain(self.proj))
+            and as_made(self.ln_pre, _MADE.layer_norm, "weight", "bias")
+            and as_made(self.ln_post, _MADE.layer_norm, "weight", "bias")
+            and as_made(self.transformer, _MADE.transformer)
+        ):
+            return None
+        return [conv, self.ln_pre, self.ln_post, self.transformer]
+
     def _long_way(self, x: Tensor) -> Tensor:
-        x = self.conv1(normalised(x, self.conv1.weight.dtype))  # [*, width, grid, grid]
+        x = self.conv1(x)  # [*, width, grid, grid]
         x = x.flatten(2).transpose(1, 2)  # [*, grid ** 2, width]
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
@@ -400,15 +416,14 @@ class CLIP(nn.Module):
                 layers=vision_layers,
                 heads=vision_heads,
                 output_dim=embed_dim,
-                activation=activation,
             )
         self.transformer = Transformer(
-            transformer_width,
-            transformer_layers,
-            transformer_heads,
-            self.build_attention_mask(),
-            activation=activation,
+            width=transformer_width,
+            layers=transformer_layers,
+            heads=transformer_heads,
+            attn_mask=self.build_attention_mask(),
         )
+        _set_activation(self, activation)
         self.vocab_size = vocab_size
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
@@ -463,7 +478,7 @@ class CLIP(nn.Module):
         return features
 
     def _visual_as_made(self) -> bool:
-        return _as_made(self.visual, VisionTransformer) and self.visual._short_way()
+        return as_made(self.visual, _MADE.vision_transformer) and self.visual._short_way()
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Token ids [B, <= context_length] from tokenize -> [B, E], not normalised.
@@ -471,11 +486,13 @@ class CLIP(nn.Module):
         What follows the end-of-text token (the largest id) is never computed: it cannot change the result.
         Raises: TypeError, ValueError or RuntimeError naming what is wrong with the ids.
         """
-        check_same_device("text", text, self.token_embedding.weight)
-        if not self._short_way():
+        weight = getattr(self.token_embedding, "weight", None)
+        if isinstance(weight, Tensor):
+            check_same_device("text", text, weight)
+        if not (plain(text) and self._short_way()):
             return self._encode_text_long_way(text)
         stable = graphs.suit(self, text)
-        packed = pack_text(text, self.context_length, self.vocab_size, stable=stable)
+        packed = pack_text(text, len(self.positional_embedding), len(weight), stable=stable)
         if stable and self.cuda_graphs:
             return graphs.encode_text(self, packed)
         return self.encode_packed(packed.to(text.device))
@@ -490,17 +507,35 @@ class CLIP(nn.Module):
 
     def _short_way(self) -> bool:
         return (
-            _as_made(self.token_embedding, nn.Embedding)
-            and _as_made(self.ln_final, LayerNorm)
-            and _as_made(self.transformer, Transformer)
+            not dispatch.traced()
+            and still_as_made(self, self._parts)
+            and (self.positional_embedding.ndim, self.text_projection.ndim) == (2, 2)
             and not self.token_embedding.weight.is_meta
-            and self.transformer.short_way(self.context_length) is True
+            and self.transformer.short_way(len(self.positional_embedding)) is True
         )
 
+    def _parts(self) -> list[nn.Module] | None:
+        embedding = self.token_embedding
+        if not (
+            as_made(embedding, Embedding, "weight")
+            and embedding.max_norm is None
+            and embedding.padding_idx is None
+            and not (embedding.scale_grad_by_freq or embedding.sparse)
+            and plain(self.positional_embedding)
+            and plain(self.text_projection)
+            and as_made(self.ln_final, _MADE.layer_norm, "weight", "bias")
+            and as_made(self.transformer, _MADE.transformer)
+        ):
+            return None
+        return [embedding, self.ln_final, self.transformer]
+
     def _encode_text_long_way(self, text: Tensor) -> Tensor:
-        check_text(text, self.context_length)
-        x = self.token_embedding(text.int() if text.dtype != torch.int64 else text).to(self.dtype)  # [B, n_ctx, width]
-        x = x + self.positional_embedding[: text.shape[1]].to(self.dtype)
+        positions = self.positional_embedding
+        if positions.ndim == 2:
+            check_text(text, len(positions))
+            positions = positions[: text.shape[1]]
+        x = self.token_embedding(text if text.dtype == torch.int64 else text.int()).to(self.dtype)  # [B, n_ctx, width]
+        x = x + positions.to(self.dtype)
         x = self.transformer(x.transpose(0, 1)).transpose(0, 1)  # NLD -> LND -> NLD
         x = self.ln_final(x).to(self.dtype)
         return x[torch.arange(x.shape[0], device=x.device), text.argmax(dim=-1)] @ self.text_projection
@@ -511,7 +546,7 @@ class CLIP(nn.Module):
         Less memory for a quarter more work. A ModifiedResNet keeps everything: its BatchNorm would count twice.
         """
         for module in self.modules():
-            if isinstance(module, Transformer):
+            if isinstance(module, _MADE.transformer):
                 module.grad_checkpointing = enable
 
     def prepack_weights(self, enable: bool = True) -> CLIP:
@@ -532,18 +567,40 @@ class CLIP(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """-> (logits_per_image [I, T], logits_per_text [T, I])."""
-        return ops.logits(self.encode_image(image), self.encode_text(text), self.logit_scale)
+        image_features, text_features = self.encode_image(image), self.encode_text(text)
+        if image_features.ndim == text_features.ndim == 2 and not _watched():
+            return ops.logits(image_features, text_features, self.logit_scale)
+        image_features = image_features / image_features.norm(dim=1, keepdim=True)
+        text_features = text_features / text_features.norm(dim=1, keepdim=True)
+        logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
+        return logits_per_image, logits_per_image.t()
 
 
-# What the classes did when this module was imported: a class patched later must be called, not bypassed.
-_FORWARD = {
-    kind: kind.forward
-    for kind in (
-        LayerNorm, QuickGELU, ResidualAttentionBlock, Transformer, VisionTransformer, nn.Conv2d, nn.Embedding,
-        nn.GELU, nn.Linear, nn.MultiheadAttention, nn.Sequential, NonDynamicallyQuantizableLinear,
-    )
-}  # fmt: skip
-_BLOCK_ATTENTION = ResidualAttentionBlock.attention
+class _MADE:
+    """The classes as defined here, whatever has been put in their place since."""
+
+    layer_norm = LayerNorm
+    quick_gelu = QuickGELU
+    block = ResidualAttentionBlock
+    transformer = Transformer
+    vision_transformer = VisionTransformer
+
+
+for _kind in (LayerNorm, QuickGELU, Transformer):
+    FUNCTIONS.add_ours(_kind, "forward")
+FUNCTIONS.add_ours(ResidualAttentionBlock, "forward", "attention")
+
+_ACTIVATIONS: dict[str, type[nn.Module] | None] = {"quick_gelu": None, "gelu": nn.GELU}
+
+
+def _set_activation(model: CLIP, activation: str) -> None:
+    """Blocks are built with QuickGELU, as openai/CLIP's are; another activation is put in afterwards."""
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    kind = _ACTIVATIONS[activation]
+    for tower in (model.visual, model) if kind is not None else ():
+        for block in tower.transformer.resblocks if hasattr(tower, "transformer") else ():
+            block.mlp.gelu = kind()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -599,12 +656,15 @@ def build_model(
             if the sizes cannot be read.
     """
     weights = {k: v for k, v in state_dict.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-    sizes = architecture(weights, image_resolution)
+    sizes: dict[str, Any] = architecture(weights, image_resolution)
     sizes["transformer_heads"] = transformer_heads or sizes["transformer_heads"]
-    model = CLIP(**sizes, activation=activation, vision_heads=vision_heads)
+    # a program's own CLIP may have the published constructor
+    options = {"vision_heads": vision_heads, "activation": None if activation == "quick_gelu" else activation}
+    sizes |= {name: value for name, value in options.items() if value is not None}
+    model = CLIP(**sizes)
     half = weights["visual.conv1.weight"].dtype
     if half in (torch.float16, torch.bfloat16):
-        convert_weights(model, half)
+        convert_weights(model, *([] if half == torch.float16 else [half]))
     model.load_state_dict(weights)
     return model.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 
 import torch
@@ -12,6 +13,12 @@ from clipfast import dispatch, ops
 from clipfast.inputs import check_images, normalised, pair
 from clipfast.kernels.eager import padded
 from clipfast.packing import Rows
+from clipfast.watch import looked_at, plain
+
+
+def _published(name: str) -> type[nn.Module]:
+    """The class that `clip.model` has under a name now: programs put their own there before they build a model."""
+    return getattr(sys.modules["clipfast.model"], name)
 
 
 class Bottleneck(nn.Module):
@@ -73,15 +80,18 @@ class AttentionPool2d(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] * x.shape[3] + 1 != len(self.positional_embedding):
+        if len(self.positional_embedding) not in (1, x.shape[2] * x.shape[3] + 1):
             raise ValueError(
                 f"the last feature map is {x.shape[2]} x {x.shape[3]}, but the positional embedding is for "
                 f"{len(self.positional_embedding) - 1} places: the images are not of the model's input resolution"
             )
         x = x.flatten(start_dim=2).transpose(1, 2)  # [N, HW, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
-        if x.is_meta or dispatch.traced() or _rounds_strictly(x):
-            return self._long_way(x)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not (plain(x) and all(map(plain, self.parameters())) and not looked_at()):
+            return self._as_published(x)
+        if x.is_meta or compiling or _rounds_strictly(x):
+            return self._every_key_and_value(x)
         n, length, width = x.shape
         pooled = ops.attention_pool(
             x[:, 0],
@@ -97,8 +107,8 @@ class AttentionPool2d(nn.Module):
         )
         return ops.linear(pooled, self.c_proj.weight, self.c_proj.bias)
 
-    def _long_way(self, x: Tensor) -> Tensor:
-        """With every key and value, as openai/CLIP: for whoever traces it, and where it rounds less."""
+    def _every_key_and_value(self, x: Tensor) -> Tensor:
+        """For torch.compile, and where it rounds less."""
         steady = (lambda rows: rows) if dispatch.traced() else padded
         n = x.shape[0]
         # on the weights: openai/CLIP does not call these modules either, and a hook would see them
@@ -108,6 +118,31 @@ class AttentionPool2d(nn.Module):
         q, k, v = (rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for rows in (q, k, v))  # [N, heads, L, D]
         pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
         return F.linear(steady(pooled), self.c_proj.weight, self.c_proj.bias)[:n]
+
+    def _as_published(self, x: Tensor) -> Tensor:
+        """By the one function that openai/CLIP calls, for who traces or replaces it: [N, L, C] -> [N, output_dim]."""
+        x = x.transpose(0, 1)
+        return F.multi_head_attention_forward(
+            query=x,
+            key=x,
+            value=x,
+            embed_dim_to_check=x.shape[-1],
+            num_heads=self.num_heads,
+            in_proj_weight=None,
+            in_proj_bias=torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.c_proj.weight,
+            out_proj_bias=self.c_proj.bias,
+            training=self.training,
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q_proj.weight,
+            k_proj_weight=self.k_proj.weight,
+            v_proj_weight=self.v_proj.weight,
+        )[0][0]
 
 
 def _rounds_strictly(x: Tensor) -> bool:
@@ -149,17 +184,21 @@ class ModifiedResNet(nn.Module):
         self.layer3 = self._make_layer(width * 4, layers[2], stride=2)
         self.layer4 = self._make_layer(width * 8, layers[3], stride=2)
         height, across = pair(input_resolution)
-        self.attnpool = AttentionPool2d((height // 32, across // 32), width * 32, heads, output_dim)
+        grid = height // 32 if height == across else (height // 32, across // 32)
+        self.attnpool = _published("AttentionPool2d")(grid, width * 32, heads, output_dim)
 
     def _make_layer(self, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
-        layers = [Bottleneck(self._inplanes, planes, stride)]
-        self._inplanes = planes * Bottleneck.expansion
-        layers += [Bottleneck(self._inplanes, planes) for _ in range(1, blocks)]
+        block = _published("Bottleneck")
+        layers = [block(self._inplanes, planes, stride)]
+        self._inplanes = planes * block.expansion
+        layers += [block(self._inplanes, planes) for _ in range(1, blocks)]
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.weight)
-        x = normalised(x, self.conv1.weight.dtype)
+        weight = getattr(self.conv1, "weight", None)
+        if isinstance(weight, Tensor):
+            check_images(x, weight)
+            x = normalised(x, weight.dtype)
         if x.device.type == "cpu" and not (dispatch.traced() or torch.is_grad_enabled() or _rounds_strictly(x)):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.relu1(self.bn1(self.conv1(x)))

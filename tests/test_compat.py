@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from clipfast import compat, dispatch, doctor, model
+from clipfast import CLIP, compat, dispatch, doctor, watch
 
 from .tiny_clips import VIT, inputs, randomise
 
@@ -51,6 +51,8 @@ def _defined(tree: ast.Module) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(alias.asname for alias in node.names if alias.asname)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             # self.x = ..., and not somebody_elses.x = ...
             names.update({node.attr} if ast.unparse(node.value) in ("self", "cls") else ())
@@ -122,7 +124,7 @@ def test_what_is_missing_is_told(monkeypatch):
     ],
 )
 def test_who_cannot_be_seen_is_taken_to_be_there(gone, monkeypatch):
-    assert not model._looked_at()
+    assert not watch.looked_at()
     owner, _, name = gone.rpartition(".")
     with monkeypatch.context() as patch:
         patch.delattr(compat.find(owner), name)
@@ -130,9 +132,9 @@ def test_who_cannot_be_seen_is_taken_to_be_there(gone, monkeypatch):
         blind = importlib.util.module_from_spec(importlib.util.spec_from_file_location("blind", path))
         blind.__spec__.loader.exec_module(blind)
     monkeypatch.setattr(dispatch, "compat", blind)
-    monkeypatch.setattr(model, "compat", blind)
+    monkeypatch.setattr(watch, "compat", blind)
     assert gone in [entry.name for entry in blind.PRIVATE]
-    assert model._looked_at()
+    assert watch.looked_at()
 
 
 class Seen(TorchFunctionMode):
@@ -145,7 +147,7 @@ class Seen(TorchFunctionMode):
 
 
 def test_a_function_mode_sees_each_operator():
-    clip = randomise(model.CLIP(*VIT))
+    clip = randomise(CLIP(*VIT))
     images, _ = inputs(clip.visual.input_resolution)
     with torch.no_grad():
         expected = clip.encode_image(images)
@@ -174,10 +176,10 @@ def test_a_default_device_looks_at_nothing():
     ],
 )
 def test_a_hook_on_every_module_is_seen(register):
-    assert not model._looked_at()
+    assert not watch.looked_at()
     handle = register(lambda *_: None)
     try:
-        assert model._looked_at()
+        assert watch.looked_at()
     finally:
         handle.remove()
-    assert not model._looked_at()
+    assert not watch.looked_at()

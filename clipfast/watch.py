@@ -1,0 +1,217 @@
+"""Has anybody changed what these modules do?
+
+A tower's short way reads the weights and calls none of its modules. It gives openai/CLIP's numbers only while every
+module is what its constructor made it and nobody has put another function where openai/CLIP would call PyTorch's. So
+this is asked on each call, and the answer follows at once. What it costs an encode is counted by a test.
+
+The first time a tower is looked through from top to bottom. From then on it is enough that everything is still the very
+same object: a comparison without a Python call for each module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Iterable
+from operator import is_, itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.activation import GELU, MultiheadAttention
+from torch.nn.modules.container import Sequential
+from torch.nn.modules.conv import Conv2d
+from torch.nn.modules.linear import Linear, NonDynamicallyQuantizableLinear
+from torch.nn.modules.normalization import LayerNorm
+from torch.nn.modules.sparse import Embedding
+
+from clipfast import compat, dispatch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions that openai/CLIP looks up on each call
+
+
+_TORCH = str(Path(torch.__file__).parent)
+_NATIVE = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+
+
+def _is_pytorchs(function: Any) -> bool:
+    """Whether PyTorch itself defines it: a wrapper may have the name of what it wraps, but not its code."""
+    code = getattr(function, "__code__", None)
+    return isinstance(function, _NATIVE) if code is None else code.co_filename.startswith(_TORCH)
+
+
+class Functions:
+    """Functions by the place where they are looked up, each with what it was at first."""
+
+    def __init__(self) -> None:
+        self.owners: list[Any] = []
+        self.names: list[str] = []
+        self.first: list[Any] = []
+
+    def add(self, owner: Any, *names: str) -> None:
+        """PyTorch's own; what replaces one already is taken for a change."""
+        for name in names:
+            function = getattr(owner, name)
+            self._add(owner, name, function if _is_pytorchs(function) else None)
+
+    def add_ours(self, owner: type, *names: str) -> None:
+        for name in names:
+            self._add(owner, name, getattr(owner, name))
+
+    def _add(self, owner: Any, name: str, function: Any) -> None:
+        self.owners.append(owner)
+        self.names.append(name)
+        self.first.append(function)
+
+    def unchanged(self) -> bool:
+        return all(map(is_, map(getattr, self.owners, self.names), self.first)) or self._changed_back()
+
+    def _changed_back(self) -> bool:
+        """What had been replaced before this module was imported may be PyTorch's own again."""
+        for i, (owner, name, first) in enumerate(zip(self.owners, self.names, self.first, strict=True)):
+            function = getattr(owner, name)
+            if first is None and _is_pytorchs(function):
+                self.first[i] = function
+            elif function is not first:
+                return False
+        return True
+
+
+# everything by name that the forward pass of openai/CLIP's transformers and PyTorch's modules in them call
+FUNCTIONS = Functions()
+FUNCTIONS.add(torch, "arange", "baddbmm", "bmm", "cat", "embedding", "layer_norm", "matmul", "sigmoid", "zeros")
+FUNCTIONS.add(
+    F,
+    "_in_projection_packed",
+    "conv2d",
+    "dropout",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "multi_head_attention_forward",
+    "scaled_dot_product_attention",
+    "softmax",
+)
+FUNCTIONS.add(
+    Tensor, "__add__", "__getitem__", "__matmul__", "__mul__", "__rmul__", "__truediv__", "argmax", "exp", "matmul",
+    "norm", "permute", "reshape", "t", "to", "transpose", "type", "view",
+)  # fmt: skip
+FUNCTIONS.add(nn.Module, "__call__", "__getattr__", "_call_impl")
+FUNCTIONS.add(Conv2d, "_conv_forward")
+for _kind in (
+    Conv2d, Embedding, GELU, LayerNorm, Linear, MultiheadAttention, NonDynamicallyQuantizableLinear, Sequential
+):  # fmt: skip
+    FUNCTIONS.add(_kind, "forward")
+
+
+def looked_at() -> bool:
+    """Whether somebody watches or replaces what is called: tracing, torch.func, modes, global hooks, functions."""
+    return (
+        dispatch.traced()
+        or compat.each_module_is_hooked()
+        or not FUNCTIONS.unchanged()
+    )
+
+
+def plain(tensor: Any) -> bool:
+    """Whether a tensor is no subclass: one of those may have a say in every function that it is given to."""
+    return type(tensor) in _PLAIN
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules
+
+
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PARAMETERS = itemgetter("_parameters")
+# put into a module itself, a method of these names goes before its class's
+_METHODS = frozenset({"attention", "forward", "_call_impl", "_conv_forward"})
+
+
+def as_made(module: nn.Module | None, kind: type[nn.Module], *weights: str) -> bool:
+    """Whether the module is exactly of this class, with these weights, and nobody hooks, patches or re-parametrises it.
+
+    Whether the class's own functions are what they were, `looked_at` says.
+    """
+    if type(module) is not kind or any(_HOOKS(vars(module))) or not _METHODS.isdisjoint(vars(module)):
+        return False
+    return all(plain(getattr(module, name, None)) for name in weights)
+
+
+def still_as_made(module: nn.Module, parts: Callable[[], list[nn.Module] | None]) -> bool:
+    """Whether the parts of a module are as they were made.
+
+    parts: looks through them; all the modules that its answer depends on, or None if one is not as it was made. It is
+           called again only after something changed.
+    """
+    record = vars(module).get("_record")
+    if record is not None and record.of is vars(module) and record.unchanged():
+        return True
+    vars(module)["_record"] = None
+    found = parts()
+    if found is None:
+        return False
+    vars(module)["_record"] = _Record(vars(module), found)
+    return True
+
+
+class _Record:
+    """Modules as they are now, in a form that is quickly compared with what they are later.
+
+    Another attribute, one more or less, another child, a hook, a parameter of another class or none: each is a change.
+    What parameters hold is none.
+    """
+
+    def __init__(self, of: dict[str, Any], modules: list[nn.Module]) -> None:
+        self.of = of
+        self.modules = modules
+        self.classes = [type(module) for module in modules]
+        self.attributes = [of, *map(vars, modules)]
+        self.parameters = self._parameter_classes()
+        self.dictionaries: list[Any] = []
+        self.keys: list[str] = []
+        self.values: list[Any] = []
+        for attributes in self.attributes:
+            self._keep(attributes, [n for n in attributes if n in _PRIVATE or not n.startswith("_")])
+            self._keep(attributes["_modules"], attributes["_modules"])
+        self.sized = [*self.attributes, *(attributes["_modules"] for attributes in self.attributes)]
+        self.sizes = [*map(len, self.sized)]
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple]:
+        """A copy of the module, and what is read back from a file, is looked through anew."""
+        return _nothing, ()
+
+    def _keep(self, dictionary: Any, names: Iterable[str]) -> None:
+        for name in names:
+            self.dictionaries.append(dictionary)
+            self.keys.append(name)
+            self.values.append(dictionary[name])
+
+    def _parameter_classes(self) -> list[type]:
+        parameters = map(dict.values, map(_PARAMETERS, self.attributes))
+        return [*map(type, itertools.chain.from_iterable(parameters))]
+
+    def unchanged(self) -> bool:
+        # in this form none of the comparisons is a call of Python's
+        return (
+            all(map(is_, map(dict.get, self.dictionaries, self.keys, itertools.repeat(_GONE)), self.values))
+            and [*map(len, self.sized)] == self.sizes
+            and not any(itertools.chain.from_iterable(map(_HOOKS, self.attributes[1:])))
+            and all(map(is_, map(type, self.modules), self.classes))
+            and self._parameter_classes() == self.parameters
+        )
+
+
+_GONE = object()
+# what forward passes read of a module's own names
+_PRIVATE = frozenset({"_modules", "_qkv_same_embed_dim"})
+
+
+def _nothing() -> None:
+    return None
