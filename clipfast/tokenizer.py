@@ -18,10 +18,12 @@ import gzip
 import hashlib
 import os
 import re
+import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -243,7 +245,7 @@ def _as_list(texts: str | Iterable[str]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def _default_tokenizer() -> SimpleTokenizer:
+def default_tokenizer() -> SimpleTokenizer:
     return SimpleTokenizer()
 
 
@@ -260,7 +262,9 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
     if context_length < 2:
         raise ValueError(f"context_length must be at least 2 (start and end token), got {context_length}")
     texts = _as_list(texts)
-    tokenizer = _default_tokenizer()
+    tokenizer = vars(sys.modules["clipfast.clip"]).get("_tokenizer") or default_tokenizer()
+    if not isinstance(tokenizer, SimpleTokenizer) or type(tokenizer).encode is not _ENCODE:
+        return _tokenize_by(tokenizer, texts, context_length, truncate)
     start, end = tokenizer._pack(START), tokenizer._pack(END)
     width = context_length * len(end)
     room = width - len(start) - len(end)
@@ -274,3 +278,21 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
         rows.append((start + ids + end).ljust(width, b"\0"))
     table = np.frombuffer(b"".join(rows), np.uint16).reshape(len(texts), context_length)
     return torch.from_numpy(table.astype(np.int32))
+
+
+# programs replace this method, or the tokenizer
+_ENCODE = SimpleTokenizer.encode
+
+
+def _tokenize_by(tokenizer: Any, texts: Sequence[str], context_length: int, truncate: bool) -> torch.Tensor:
+    """By somebody's own tokenizer, of which openai/CLIP takes `encode` and the ids of two tokens in `encoder`."""
+    start, end = tokenizer.encoder[START], tokenizer.encoder[END]
+    table = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    for row, text in zip(table, texts, strict=True):
+        ids = [start, *tokenizer.encode(text), end]
+        if len(ids) > context_length:
+            if not truncate:
+                raise RuntimeError(f"Input {text} is too long for context length {context_length}")
+            ids = [*ids[: context_length - 1], end]
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return table

@@ -341,7 +341,7 @@ def test_import_is_light_and_needs_neither_regex_nor_torchvision():
         import clipfast.tokenizer, clipfast.preprocess
         early = {"ftfy", "tokenizers"} & set(sys.modules)
         assert not early, early
-        assert clipfast.tokenizer._default_tokenizer.cache_info().currsize == 0
+        assert clipfast.tokenizer.default_tokenizer.cache_info().currsize == 0
         print(clipfast.tokenizer.tokenize("日本 😀 café’s")[0].argmax().item())
     """
     root = Path(__file__).parent.parent

@@ -104,27 +104,30 @@ def load(
             "clipfast has no TorchScript model; jit=True gives the ordinary one, which takes the same calls",
             stacklevel=2,
         )
+    # what openai/CLIP looks up there, programs replace there
+    from .. import clip
+    from ..model import convert_weights
+
     if name in MODELS:
-        path = download(MODELS[name], download_root or os.path.expanduser("~/.cache/clip"))
+        path = clip._download(MODELS[name], download_root or os.path.expanduser("~/.cache/clip"))
     elif os.path.exists(name):
         path = os.fspath(name)
     else:
         raise RuntimeError(f"Model {name} not found; available models = {available_models()}")
 
-    from ..model import build_model, convert_weights
-    from ..preprocess import Preprocess
-
     checkpoint = read_checkpoint(path)
     activation = _resolve_activation(checkpoint, activation)
-    sizes = check_state_dict(checkpoint.state_dict, source=checkpoint.source)
+    check_state_dict(checkpoint.state_dict, source=checkpoint.source)
     with _NoInitialisation():
-        model = build_model(checkpoint.state_dict, activation=activation)
+        options: dict[str, Any] = {} if activation == "quick_gelu" else {"activation": activation}
+        model = clip.build_model(checkpoint.state_dict, **options)
     # before the move: half the bytes cross the bus
     if dtype == torch.float32:
         model.float()
     else:
-        convert_weights(model, dtype)
-    return model.to(device).eval(), Preprocess(sizes["image_resolution"])
+        convert_weights(model, *([] if dtype == torch.float16 else [dtype]))
+    resolution: Any = model.visual.input_resolution
+    return model.to(device).eval(), clip._transform(resolution)
 
 
 class _NoInitialisation(torch.overrides.TorchFunctionMode):
