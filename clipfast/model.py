@@ -114,6 +114,7 @@ class ResidualAttentionBlock(nn.Module):
         )
         self.ln_2 = LayerNorm(d_model)
         self.attn_mask = attn_mask
+        self._record = None  # what clipfast.watch found
 
     def attention(self, x: Tensor) -> Tensor:
         mask = self.attn_mask
@@ -208,6 +209,7 @@ class Transformer(nn.Module):
         self.width = width
         self.layers = layers
         self.grad_checkpointing = False
+        self._record = None  # what clipfast.watch found
         self.resblocks = nn.Sequential(*[ResidualAttentionBlock(width, heads, attn_mask) for _ in range(layers)])
 
     def forward(self, x: Tensor) -> Tensor:
