@@ -43,6 +43,13 @@ def open_clip() -> ModuleType:
     return _import_or_skip("open_clip", "open_clip_torch")
 
 
+def onnxruntime() -> ModuleType:
+    """The module `onnxruntime`, with the two that PyTorch exports with."""
+    for name in ("onnx", "onnxscript"):
+        _import_or_skip(name, name)
+    return _import_or_skip("onnxruntime", "onnxruntime")
+
+
 def open_clip_loss() -> type[torch.nn.Module]:
     """open_clip's ClipLoss alone: the rest of open_clip takes seconds to import, in every process."""
     package = importlib.util.find_spec("open_clip")

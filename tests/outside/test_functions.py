@@ -1,0 +1,83 @@
+"""Functions and methods replaced while a model runs: profilers, quantisers, relevance maps, wrappers for a whole class.
+
+openai/CLIP looks each one up when it calls it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..clips import RESNET, VIT, make_trio
+from .habits import BOTH, assert_habit, libraries, scaled, unchanged
+
+# (owner, name, model, whose numbers change); the owner's function gives 1.25 times what it gave
+FUNCTIONS = {
+    "F.linear": (F, "linear", VIT, BOTH),
+    "F.layer_norm": (F, "layer_norm", VIT, BOTH),
+    "F.conv2d": (F, "conv2d", VIT, ("image",)),
+    "F.embedding": (F, "embedding", VIT, ("text",)),
+    "F.multi_head_attention_forward": (F, "multi_head_attention_forward", VIT, BOTH),
+    "F.scaled_dot_product_attention": (F, "scaled_dot_product_attention", VIT, BOTH),
+    "F._in_projection_packed": (F, "_in_projection_packed", VIT, BOTH),
+    "torch.sigmoid": (torch, "sigmoid", VIT, BOTH),
+    "torch.layer_norm": (torch, "layer_norm", VIT, BOTH),
+    "torch.embedding": (torch, "embedding", VIT, ("text",)),
+    "Tensor.__matmul__": (torch.Tensor, "__matmul__", VIT, BOTH),
+    "nn.LayerNorm.forward": (nn.LayerNorm, "forward", VIT, BOTH),
+    "nn.Linear.forward": (nn.Linear, "forward", VIT, BOTH),
+    "nn.MultiheadAttention.forward": (nn.MultiheadAttention, "forward", VIT, BOTH),
+    "nn.Conv2d.forward": (nn.Conv2d, "forward", VIT, ("image",)),
+    "nn.Conv2d._conv_forward": (nn.Conv2d, "_conv_forward", VIT, ("image",)),
+    "nn.Embedding.forward": (nn.Embedding, "forward", VIT, ("text",)),
+    "nn.Sequential.forward": (nn.Sequential, "forward", VIT, BOTH),
+    "nn.Module.__call__": (nn.Module, "__call__", VIT, ("image",)),
+    "nn.Module._call_impl": (nn.Module, "_call_impl", VIT, ("image",)),
+    "F.linear of a ResNet": (F, "linear", RESNET, ("image",)),
+    "F.multi_head_attention_forward of a ResNet": (F, "multi_head_attention_forward", RESNET, ("image",)),
+    "F.scaled_dot_product_attention of a ResNet": (F, "scaled_dot_product_attention", RESNET, ("image",)),
+    "F.conv2d of a ResNet": (F, "conv2d", RESNET, ("image",)),
+    "F.batch_norm of a ResNet": (F, "batch_norm", RESNET, ("image",)),
+    "F.relu of a ResNet": (F, "relu", RESNET, ("image",)),
+    "F.avg_pool2d of a ResNet": (F, "avg_pool2d", RESNET, ("image",)),
+    "nn.BatchNorm2d.forward of a ResNet": (nn.BatchNorm2d, "forward", RESNET, ("image",)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_of_torch_replaced(name, monkeypatch):
+    owner, attribute, config, changes = FUNCTIONS[name]
+    unchanged(config)
+    trio = make_trio(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, scaled(getattr(owner, attribute)))
+        assert_habit(trio, config, changes)
+    assert_habit(trio, config, changes=())
+
+
+# name: (class of both libraries, method, model, whose numbers change)
+METHODS = {
+    "LayerNorm.forward": ("LayerNorm", "forward", VIT, BOTH),
+    "QuickGELU.forward": ("QuickGELU", "forward", VIT, BOTH),
+    "Transformer.forward": ("Transformer", "forward", VIT, ()),
+    "VisionTransformer.forward": ("VisionTransformer", "forward", VIT, ("image",)),
+    "CLIP.encode_image": ("CLIP", "encode_image", VIT, ("image",)),
+    "CLIP.encode_text": ("CLIP", "encode_text", VIT, ("text",)),
+    "Bottleneck.forward": ("Bottleneck", "forward", RESNET, ("image",)),
+    "AttentionPool2d.forward": ("AttentionPool2d", "forward", RESNET, ("image",)),
+    "ModifiedResNet.forward": ("ModifiedResNet", "forward", RESNET, ("image",)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_of_a_class_replaced(name, monkeypatch):
+    kind, method, config, changes = METHODS[name]
+    unchanged(config)
+    trio = make_trio(config)
+    with monkeypatch.context() as patch:
+        for library in libraries():
+            patch.setattr(getattr(library, kind), method, scaled(getattr(getattr(library, kind), method)))
+        assert_habit(trio, config, changes)
+    assert_habit(trio, config, changes=())
