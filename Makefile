@@ -79,10 +79,11 @@ $(TEST): $(DEMO)
 	@$(call peer,--no-deps timm)
 	@$(call peer,--no-deps open_clip_torch)
 	@$(call peer,--no-deps --no-build-isolation openai-clip)
+	@$(call peer,onnxruntime onnx onnxscript)
 	@touch $@
 
 # These are compared where they can be had, and missing is a note in the table.
 $(BENCH): $(TEST)
 	@echo "setting up $(VENV): compilers that take part in the benchmark"
-	@$(INSTALL) onnxruntime onnx onnxscript openvino || echo "warning: not installed: onnxruntime, openvino"
+	@$(INSTALL) openvino || echo "warning: not installed: openvino"
 	@touch $@

@@ -15,6 +15,9 @@ from ..clips import RESNET, VIT, assert_same, make_images, make_texts, make_trio
 IMAGES, TEXTS = {VIT: make_images(VIT, 7), RESNET: make_images(RESNET, 5)}, make_texts(VIT, 7)
 
 
+TOWERS = {"vit": (VIT, "image"), "text": (VIT, "text"), "resnet": (RESNET, "image")}
+
+
 class _TextTower(nn.Module):
     def __init__(self, model):
         super().__init__()
@@ -80,14 +83,41 @@ def test_a_checked_trace_of_a_transformer(grad):
     assert_same([_Run(results), *trio[1:]], run)
 
 
-@pytest.mark.parametrize("name", ["image", "text"])
+@pytest.mark.parametrize(("config", "name"), TOWERS.values(), ids=TOWERS)
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
-@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_onnx(config, dynamo, name):
-    if config is RESNET and name == "text":
-        pytest.skip("its text tower is the other model's")
     runtime = peers.onnxruntime()
     tower, x = _towers(make_trio(config)[0], config)[name]
     session = runtime.InferenceSession(_onnx(tower, x[:2], dynamo), providers=["CPUExecutionProvider"])
     got = torch.cat([torch.from_numpy(session.run(None, {"x": part.numpy()})[0]) for part in (x[:4], x[4:])])
     _assert_exported(config, {name: got})
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_torchscript_saved_and_loaded(config, grad):
+    """Traced with one batch, run with others in a file that knows nothing of clipfast."""
+    results = {}
+    with warnings.catch_warnings(), torch.set_grad_enabled(grad):
+        warnings.simplefilter("ignore")
+        for name, (tower, x) in _towers(make_trio(config)[0], config).items():
+            file = io.BytesIO()
+            torch.jit.save(torch.jit.trace(tower, x[:2]), file)
+            file.seek(0)
+            loaded = torch.jit.load(file)
+            results[name] = torch.cat([loaded(x[:4].clone()), loaded(x[4:].clone())]).detach()
+    _assert_exported(config, results)
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_torch_export_saved_and_loaded(config):
+    results = {}
+    for name, (tower, x) in _towers(make_trio(config)[0], config).items():
+        free = ({0: torch.export.Dim("n", min=2)},)
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(tower, (x[:3],), dynamic_shapes=free), file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        with torch.no_grad():
+            results[name] = torch.cat([loaded(part) for part in x.split(len(x) - 2)])
+    _assert_exported(config, results)
