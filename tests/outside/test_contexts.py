@@ -204,7 +204,6 @@ TRANSFORMS = {
     "gradient penalty": (_penalty, VIT),
     "an ensemble": (_ensemble, VIT),
     "make_fx": (_made_by_proxies, VIT),
-    "make_fx of a ResNet": (_made_by_proxies, RESNET),
 }
 
 
