@@ -6,7 +6,9 @@ PyTorch's modules as openai/CLIP has it, in the dtype of the arguments.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -148,6 +150,17 @@ def offsets_of(*lengths: int) -> list[int]:
     return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
 
+def norm_case(rows: tuple[int, ...], width: int, *eps: float, mean: float = 0, residual: bool = False) -> Case:
+    options = {"residual": torch.randn(*rows, width)} if residual else {}
+    return Case("layer_norm", (torch.randn(*rows, width) + mean, *norm(width), *eps), options)
+
+
+def linear_case(rows: tuple[int, ...], k: int, n: int, bias: bool = True, residual: bool = False, **options) -> Case:
+    weight, offset = weights(n, k)
+    added = {"residual": torch.randn(*rows, n)} if residual else {}
+    return Case("linear", (torch.randn(*rows, k), weight, offset if bias else None), options | added)
+
+
 def mlp_case(rows: tuple[int, ...], width: int, hidden: int, **options) -> Case:
     arguments = (torch.randn(*rows, width), *norm(width), *weights(hidden, width), *weights(width, hidden))
     return Case("mlp", arguments, options)
@@ -171,16 +184,33 @@ def patch_case(batch: int, height: int, across: int, patch: int, width: int, **o
     return Case("patch_embed", (images, weight, torch.randn(width), torch.randn(1 + grid, width)), options)
 
 
-def _make_cases() -> dict[str, Case]:
-    torch.manual_seed(0)
-    cases = {}
+def _patch_case(*shape: int, uint8: bool = False, affine: bool = False, **options) -> Case:
+    """uint8: bytes that are normalised; affine: ln_pre with them."""
+    case = patch_case(*shape, **options)
+    images, *embedding = case.arguments
+    if uint8:
+        options |= {"mean": torch.rand(3), "std": 0.2 + torch.rand(3)}
+        images = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    if affine:
+        options |= zip(("norm_weight", "norm_bias"), norm(shape[-1]), strict=True)
+    return Case("patch_embed", (images, *embedding), options)
+
+
+def _project_case(rows: int, width: int, embedding: int, *eps: float) -> Case:
+    return Case("project", (torch.randn(rows, width), *norm(width), weights(width, embedding)[0], *eps))
+
+
+def _logits_case(images: int, texts: int, width: int, scale: float) -> Case:
+    return Case("logits", (3 * torch.randn(images, width), 0.1 * torch.randn(texts, width), torch.tensor(scale)))
+
+
+def _recipes() -> dict[str, Callable[[], Case]]:
+    made: dict[str, Callable[[], Case]] = {}
     for rows, width in [((1,), 512), ((2, 50), 768), ((77, 3), 640), ((197,), 1024), ((50,), 192), ((3, 5, 7), 31)]:
-        cases[f"layer_norm {rows} {width}"] = Case("layer_norm", (torch.randn(*rows, width), *norm(width)))
-    cases["layer_norm mean 1000"] = Case("layer_norm", (torch.randn(64, 768) + 1000, *norm(768)))
-    cases["layer_norm residual"] = Case(
-        "layer_norm", (torch.randn(5, 7, 192), *norm(192)), {"residual": torch.randn(5, 7, 192)}
-    )
-    cases["layer_norm eps"] = Case("layer_norm", (torch.randn(64, 192), *norm(192), 0.5))
+        made[f"layer_norm {rows} {width}"] = partial(norm_case, rows, width)
+    made["layer_norm mean 1000"] = partial(norm_case, (64,), 768, mean=1000)
+    made["layer_norm residual"] = partial(norm_case, (5, 7), 192, residual=True)
+    made["layer_norm eps"] = partial(norm_case, (64,), 192, 0.5)
     for rows, k, n, options in [
         ((1,), 768, 2304, {}),
         ((3,), 1024, 1024, {"activation": "quick_gelu"}),
@@ -194,11 +224,8 @@ def _make_cases() -> dict[str, Case]:
         ((70,), 191, 37, {"activation": "gelu"}),
         ((5, 2, 3), 7, 1, {"bias": False}),
     ]:
-        weight, bias = weights(n, k)
-        arguments = (torch.randn(*rows, k), weight, bias if options.pop("bias", True) else None)
-        if options.get("residual"):
-            options["residual"] = torch.randn(*rows, n)
-        cases[f"linear {rows} {k} {n} {[*options]}"] = Case("linear", arguments, options)
+        named = [option for option in options if option != "bias"]
+        made[f"linear {rows} {k} {n} {named}"] = partial(linear_case, rows, k, n, **options)
     for rows, width, hidden, options in [
         ((1,), 512, 2048, {}),
         ((4,), 768, 3072, {"activation": "gelu"}),
@@ -207,7 +234,7 @@ def _make_cases() -> dict[str, Case]:
         ((520,), 64, 256, {"activation": "gelu"}),
         ((7, 3), 31, 53, {"eps": 0.1}),
     ]:
-        cases[f"mlp {rows} {width} {options}"] = mlp_case(rows, width, hidden, **options)
+        made[f"mlp {rows} {width} {options}"] = partial(mlp_case, rows, width, hidden, **options)
     for causal in (True, False):
         for lengths, heads, options in [
             ([50, 50, 50], 12, {}),
@@ -216,39 +243,41 @@ def _make_cases() -> dict[str, Case]:
             ([13, 0, 2], 3, {"width": 32, "scale": 0.3}),
             ([77, 40], 2, {"size": 5}),
         ]:
-            cases[f"attention {lengths} {options} {causal}"] = attention_case(lengths, heads, causal=causal, **options)
+            name = f"attention {lengths} {options} {causal}"
+            made[name] = partial(attention_case, lengths, heads, causal=causal, **options)
     for lengths, width, heads, options in [
         ([50, 50, 50, 50], 768, 12, {}),
         ([1, 2, 77, 77, 3], 512, 8, {}),
         ([197], 1024, 16, {}),
-        ([50, 50], 192, 3, {"inner": 128, "heads": 2}),
+        ([50, 50], 192, 2, {"inner": 128}),
         ([17, 5], 96, 3, {"bias": False}),
         ([30, 30, 9], 128, 2, {"size": 4}),
     ]:
-        heads = options.pop("heads", heads)
-        cases[f"attention_pool {lengths} {width} {[*options]}"] = pool_case(lengths, width, heads, **options)
+        made[f"attention_pool {lengths} {width} {[*options]}"] = partial(pool_case, lengths, width, heads, **options)
     for shape in [(2, 224, 224, 32, 192), (1, 224, 224, 16, 512), (3, 39, 35, 8, 64), (5, 15, 22, 7, 31)]:
-        cases[f"patch_embed {shape}"] = patch_case(*shape)
+        made[f"patch_embed {shape}"] = partial(_patch_case, *shape)
     for shape, eps in [((2, 56, 70, 14, 192), 1e-5), ((3, 64, 96, 32, 31), 0.3)]:
-        affine = dict(zip(("norm_weight", "norm_bias"), norm(shape[-1]), strict=True))
-        cases[f"patch_embed {shape} norm"] = patch_case(*shape, **affine, eps=eps)
-    pixels = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
-    normalisation = {"mean": torch.rand(3), "std": 0.2 + torch.rand(3)}
-    embedding = patch_case(3, 64, 96, 32, 128).arguments[1:]
-    cases["patch_embed uint8"] = Case("patch_embed", (pixels, *embedding), normalisation)
-    affine = dict(zip(("norm_weight", "norm_bias"), norm(128), strict=True))
-    cases["patch_embed uint8 norm"] = Case("patch_embed", (pixels, *embedding), normalisation | affine)
+        made[f"patch_embed {shape} norm"] = partial(_patch_case, *shape, affine=True, eps=eps)
+    made["patch_embed uint8"] = partial(_patch_case, 3, 64, 96, 32, 128, uint8=True)
+    made["patch_embed uint8 norm"] = partial(_patch_case, 3, 64, 96, 32, 128, uint8=True, affine=True)
     for rows, width, embedding in [(1, 768, 512), (8, 1024, 768), (70, 512, 512), (5, 31, 17)]:
-        arguments = (torch.randn(rows, width), *norm(width), weights(width, embedding)[0])
-        cases[f"project {rows} {width}"] = Case("project", arguments)
+        made[f"project {rows} {width}"] = partial(_project_case, rows, width, embedding)
+    made["project eps"] = partial(_project_case, 8, 64, 32, 0.5)
     for images, texts, width in [(1, 5, 512), (13, 7, 768), (64, 100, 64)]:
-        features = 3 * torch.randn(images, width), 0.1 * torch.randn(texts, width)
-        cases[f"logits {images} {texts}"] = Case("logits", (*features, torch.tensor(4.6)))
-    cases["project eps"] = Case("project", (torch.randn(8, 64), *norm(64), weights(64, 32)[0], 0.5))
-    return cases
+        made[f"logits {images} {texts}"] = partial(_logits_case, images, texts, width, 4.6)
+    return made
 
 
-CASES = _make_cases()
+def draw(name: str, recipe: Callable[[], Case], seed: int = 0) -> Case:
+    """The random numbers of a case follow from its name and the seed: no other case changes them."""
+    with torch.random.fork_rng(devices=[]):
+        # not hash(), which differs from process to process
+        torch.manual_seed(zlib.crc32(name.encode(), seed))
+        return recipe()
+
+
+RECIPES = _recipes()
+CASES = {name: draw(name, recipe) for name, recipe in RECIPES.items()}
 
 
 def case_in(name: str, dtype: torch.dtype) -> Case:
@@ -262,19 +291,20 @@ def case_in(name: str, dtype: torch.dtype) -> Case:
     return Case(case.operator, arguments, cast.options | options)
 
 
-SMALL = {
-    "layer_norm": Case("layer_norm", (torch.randn(3, 5), *norm(5), 0.1)),
-    "layer_norm, residual": Case("layer_norm", (torch.randn(3, 5), *norm(5)), {"residual": torch.randn(3, 5)}),
-    "linear": Case("linear", (torch.randn(2, 3, 5), *weights(4, 5)), {"residual": torch.randn(2, 3, 4)}),
-    "linear, gelu": Case("linear", (torch.randn(3, 5), *weights(4, 5)), {"activation": "gelu"}),
-    "linear, quick_gelu": Case("linear", (torch.randn(3, 5), *weights(4, 5)), {"activation": "quick_gelu"}),
-    "mlp": mlp_case((3,), 4, 6, eps=0.1),
-    "mlp, gelu": mlp_case((2,), 4, 6, activation="gelu"),
-    "attention": attention_case([3, 1, 0, 2], 2, 3, causal=False),
-    "attention, causal": attention_case([3, 1, 4], 2, 3, causal=True, scale=0.7),
-    "attention_pool": pool_case([3, 1, 2], 6, 2, inner=4),
-    "patch_embed": patch_case(2, 5, 4, 2, 3),
-    "patch_embed, norm": patch_case(2, 5, 4, 2, 3, norm_weight=torch.randn(3), norm_bias=torch.randn(3), eps=0.1),
-    "project": Case("project", (torch.randn(3, 4), *norm(4), torch.randn(4, 2), 0.1)),
-    "logits": Case("logits", (torch.randn(3, 4), torch.randn(2, 4), torch.tensor(0.7))),
+SMALL_RECIPES: dict[str, Callable[[], Case]] = {
+    "layer_norm": partial(norm_case, (3,), 5, 0.1),
+    "layer_norm, residual": partial(norm_case, (3,), 5, residual=True),
+    "linear": partial(linear_case, (2, 3), 5, 4, residual=True),
+    "linear, gelu": partial(linear_case, (3,), 5, 4, activation="gelu"),
+    "linear, quick_gelu": partial(linear_case, (3,), 5, 4, activation="quick_gelu"),
+    "mlp": partial(mlp_case, (3,), 4, 6, eps=0.1),
+    "mlp, gelu": partial(mlp_case, (2,), 4, 6, activation="gelu"),
+    "attention": partial(attention_case, [3, 1, 0, 2], 2, 3, causal=False),
+    "attention, causal": partial(attention_case, [3, 1, 4], 2, 3, causal=True, scale=0.7),
+    "attention_pool": partial(pool_case, [3, 1, 2], 6, 2, inner=4),
+    "patch_embed": partial(_patch_case, 2, 5, 4, 2, 3),
+    "patch_embed, norm": partial(_patch_case, 2, 5, 4, 2, 3, affine=True, eps=0.1),
+    "project": partial(_project_case, 3, 4, 2, 0.1),
+    "logits": partial(_logits_case, 3, 2, 4, 0.7),
 }
+SMALL = {name: draw(name, recipe) for name, recipe in SMALL_RECIPES.items()}
