@@ -87,12 +87,12 @@ def _not_on_this_cpu(call: Call, what: str) -> str | None:
 
 
 def _onednn_refuses(operator: str, call: Call) -> str | None:
-    if reason := _not_on_this_cpu(call, "products"):
+    # first whether it is there: only then can it be asked what this CPU has
+    if reason := _not_on_this_cpu(call, "products") or compat.onednn_missing():
         return reason
-    if call.dtype == torch.bfloat16 and not compat.onednn_has_bfloat16():
+    if call.dtype == torch.bfloat16 and not _has_bfloat16_products():
         return "this CPU has no bfloat16 products (AVX-512 needed)"
-    switched_off = None if call.onednn else "torch.backends.mkldnn.enabled is False"
-    return _not_eager(call) or compat.onednn_missing() or switched_off
+    return _not_eager(call) or (None if call.onednn else "torch.backends.mkldnn.enabled is False")
 
 
 def _cpu_refuses(operator: str, call: Call) -> str | None:
@@ -110,6 +110,10 @@ def _cpu_yields(operator: str, call: Call) -> str | None:
     if operator == "attention_pool":
         return tuning.reassociated_is_better(call.rows)
     return tuning.onednn_is_better(call.dtype, call.rows, cpu_library.best(), _has_amx())
+
+
+def _has_bfloat16_products() -> bool:
+    return compat.onednn_has_bfloat16()
 
 
 @functools.cache

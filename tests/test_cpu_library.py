@@ -16,6 +16,7 @@ from clipfast.kernels import cpu_library as library
 from clipfast.packing import Rows
 
 from . import csrc
+from .cpus import CPUS, assume
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
 HEADER = (csrc.ROOT / "csrc" / "clipfast_cpu.h").read_text()
@@ -28,14 +29,9 @@ def runs_on(operator: str, dtype: torch.dtype = torch.float32, **facts) -> tuple
 
 
 @pytest.fixture
-def instructions(monkeypatch):
-    """Sets what the library has here at best, and whether the CPU has AMX."""
-
-    def assume(best: str, amx: bool = False) -> None:
-        monkeypatch.setattr(library, "best", lambda: best)
-        monkeypatch.setattr(dispatch, "_has_amx", lambda: amx)
-
-    return assume
+def on(monkeypatch):
+    """on(name): dispatch decides as on that CPU."""
+    return lambda name: assume(monkeypatch, CPUS[name])
 
 
 def test_attention_runs_without_gradients_only():
@@ -47,13 +43,13 @@ def test_attention_runs_without_gradients_only():
 
 
 @pytest.mark.parametrize("operator", PRODUCTS)
-def test_where_products_run(operator, instructions):
-    for best in ("avx2", "avx512", "avx512_bf16"):
-        instructions(best)
+def test_where_products_run(operator, on):
+    for cpu in ("avx2", "avx512", "avx512_bf16", "amx"):
+        on(cpu)
         for rows in (0, 16, 1024, 1 << 20):
             assert runs_on(operator, rows=rows)[0] == "cpu"
-    for best in ("avx2", "avx512"):  # bfloat16 must be widened, and nobody does it faster
-        instructions(best)
+    for cpu in ("avx2", "avx512"):  # bfloat16 must be widened, and nobody does it faster
+        on(cpu)
         assert runs_on(operator, torch.bfloat16, rows=1024)[0] == "cpu"
     assert runs_on(operator, grad=True)[0] == "torch"
     assert runs_on(operator, torch.float16)[1]["cpu"] == "has no float16 products"
@@ -62,34 +58,31 @@ def test_where_products_run(operator, instructions):
     assert runs_on(operator, shape=(True,))[0] == "cpu"
 
 
-@pytest.mark.parametrize(("amx", "few"), [(False, 64), (True, 16)])
-def test_many_rows_of_bfloat16_are_left_to_onednn(amx, few, instructions):
-    instructions("avx512_bf16", amx)
-    if runs_on("project", torch.bfloat16)[0] != "onednn":
-        pytest.skip("oneDNN does not multiply bfloat16 here")
+@pytest.mark.parametrize(("cpu", "few"), [("avx512_bf16", 64), ("amx", 16)])
+def test_many_rows_of_bfloat16_are_left_to_onednn(cpu, few, on):
+    on(cpu)
     for rows in (16, 32, 64, 128):
         assert runs_on("linear", torch.bfloat16, rows=rows)[0] == ("cpu" if rows <= few else "onednn"), rows
     assert runs_on("linear", torch.bfloat16)[1]["cpu"] == f"oneDNN is as fast in bfloat16 beyond {few} rows"
-    instructions("baseline")
+    on("baseline")
     assert runs_on("linear")[0] == "onednn" and "rule of thumb, not measured" in runs_on("linear")[1]["cpu"]
     with pytest.raises(RuntimeError, match="inference only"):
         dispatch.decide("linear", "cpu", dispatch.Call("cpu", torch.bfloat16, grad=True))
     assert dispatch.decide("linear", "cpu", dispatch.Call("cpu", torch.float32)).backend == "cpu", "a preference"
 
 
-def test_few_rows_are_pooled_with_keys_and_values(instructions):
+def test_few_rows_are_pooled_with_keys_and_values(on):
+    on("avx512_bf16")
     for dtype in (torch.float32, torch.bfloat16):
-        instructions("avx512_bf16")
         ran = {rows: runs_on("attention_pool", dtype, rows=rows)[0] for rows in (0, 16, 64, 128)}
         assert ran == {0: "torch", 16: "cpu", 64: "cpu", 128: "torch"}
     assert "cost more beyond 64 rows" in runs_on("attention_pool")[1]["cpu"]
     assert runs_on("attention_pool", torch.float16, rows=16)[1]["cpu"] == "has no float16 products"
 
 
-def test_rows_are_counted(instructions, monkeypatch):
+def test_rows_are_counted(on):
     """Of x; for a patch embedding, the patches of all images."""
-    instructions("avx512_bf16")
-    monkeypatch.setattr(dispatch, "_decisions", {})
+    on("avx2")
     with torch.no_grad():
         for rows in (64, 65):
             clipfast.ops.linear(torch.randn(rows, 8).bfloat16(), torch.randn(8, 8).bfloat16())
@@ -100,11 +93,12 @@ def test_rows_are_counted(instructions, monkeypatch):
 
 
 def test_a_missing_library_leaves_its_operators_to_others_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(dispatch.onednn, "missing", lambda: None)
     ours = library.LIBRARY
     monkeypatch.setattr(ours, "loaded", ours.load(tmp_path / "libclipfast_cpu.so"))
     for operator in ("attention", *PRODUCTS):
         backend, others = runs_on(operator)
-        assert backend in ("onednn", "torch")
+        assert backend == ("onednn" if operator in dispatch._ONEDNN else "torch")
         assert "not built" in others["cpu"] and "CLIPFAST_CPU=1 pip install" in others["cpu"]
     with pytest.raises(RuntimeError, match="the CPU library is not built"):
         cpu_attention.attention(torch.zeros(1, 3, 1, 1), Rows((1,)), True, None)

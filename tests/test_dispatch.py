@@ -1,4 +1,7 @@
-"""Which backend runs an operator: forced, preferred, refused and why; and what explain() says of it."""
+"""Which backend runs an operator: forced, preferred, refused and why; and what explain() says of it.
+
+Each test speaks of a CPU of tests/cpus.py and of a GPU with Triton, whatever it runs on.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,37 @@ import clipfast
 from clipfast import dispatch, ops, tuning
 
 from .clips import VIT, make_images, make_pair, make_texts
+from .cpus import CPUS, assume
 from .op_cases import SMALL
 
+# asked before a test says otherwise
+ONEDNN_MISSING = dispatch.onednn.missing()
 ALL = ("cuda", "triton", "cpu", "onednn", "torch", "reference")
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
 
-needs_onednn = pytest.mark.skipif(
-    dispatch._onednn_refuses("linear", dispatch.Call("cpu", torch.float32)) is not None,
-    reason="oneDNN does not run here",
-)
+
+@pytest.fixture(autouse=True)
+def _the_machine(monkeypatch):
+    """A CPU of the middle, a GPU with Triton alone; and explain() tells what ran since the test started."""
+    assume(monkeypatch, CPUS["avx512"])
+    monkeypatch.setattr(dispatch.library, "triton_missing", lambda: None)
+    monkeypatch.setattr(dispatch.native, "missing", lambda: "not built")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """There is no library of ours, so that oneDNN multiplies; it really does, in float32."""
+    if missing := ONEDNN_MISSING:
+        pytest.skip(missing)
+    assume(monkeypatch, CPUS["avx512"]._replace(built=False))
 
 
 @pytest.fixture(params=["cpu", "onednn"])
-def products(request, monkeypatch) -> str:
+def products(request) -> str:
     """What multiplies on this CPU: our library, or oneDNN where there is none."""
-    if request.param == "onednn":
-        monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: "not built")
-    decision = dispatch.decide("linear", None, dispatch.Call("cpu", torch.float32))
-    if decision.backend != request.param:
-        pytest.skip(dict(decision.others)[request.param])
+    # a library that is really there, but for which no decision asks
+    request.getfixturevalue("cpu_library" if request.param == "cpu" else "onednn")
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def no_decisions(monkeypatch):
-    """explain() tells what ran since the process started: for each test, since the test did."""
-    monkeypatch.setattr(dispatch, "_decisions", {})
 
 
 def _linear(dtype=torch.float32, **options):
@@ -100,9 +108,41 @@ def test_a_decision_follows_the_context(context, reason, products):
         assert _ran() == {"linear": products}
 
 
-@needs_onednn
-def test_onednn_can_be_switched_off(monkeypatch):
-    monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: "not built")
+@pytest.mark.parametrize(
+    ("cpu", "float32", "bfloat16", "reason"),
+    [
+        ("baseline", "onednn", "torch", "rule of thumb, not measured"),
+        ("avx2", "cpu", "cpu", None),
+        ("avx512", "cpu", "cpu", None),
+        ("avx512_bf16", "cpu", "onednn", f"beyond {tuning.FEW_BFLOAT16_ROWS} rows"),
+        ("amx", "cpu", "onednn", f"beyond {tuning.FEW_BFLOAT16_ROWS_AMX} rows"),
+    ],
+)
+def test_what_multiplies_on_each_cpu(cpu, float32, bfloat16, reason, monkeypatch):
+    """Many rows; with our library and without."""
+    has_bfloat16 = CPUS[cpu].bfloat16
+    for built, wanted in ((True, (float32, bfloat16)), (False, ("onednn", "onednn" if has_bfloat16 else "torch"))):
+        assume(monkeypatch, CPUS[cpu]._replace(built=built))
+        made = [dispatch.decide("linear", None, dispatch.Call("cpu", d)) for d in (torch.float32, torch.bfloat16)]
+        assert tuple(decision.backend for decision in made) == wanted
+        others = dict(made[1].others)
+        if not built:
+            assert others["cpu"] == "not built"
+        elif reason:
+            assert reason in others["cpu"]
+        if not has_bfloat16:
+            assert others["onednn"] == "this CPU has no bfloat16 products (AVX-512 needed)"
+        assert clipfast.explain("cpu", torch.bfloat16)[1][3].backend == wanted[1]
+
+
+def test_autocast_to_a_dtype_that_the_cpu_lacks(onednn, monkeypatch):
+    assume(monkeypatch, CPUS["avx2"]._replace(built=False))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _linear()
+    assert _ran() == {"linear": "torch"} and _reason("onednn").startswith("this CPU has no bfloat16 products")
+
+
+def test_onednn_can_be_switched_off(onednn):
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         _linear()
         assert _ran() == {"linear": "torch"} and "mkldnn.enabled is False" in _reason("onednn")
@@ -145,8 +185,7 @@ def test_a_forced_backend_runs_everything_it_has(name):
     assert all(forced == name for _, _, forced, _ in clipfast.explain())
 
 
-@needs_onednn
-def test_an_operator_that_the_forced_backend_has_not_runs_on_torch_and_explain_says_so():
+def test_an_operator_that_the_forced_backend_has_not_runs_on_torch_and_explain_says_so(onednn):
     with torch.no_grad(), clipfast.backend("onednn"):
         ops.layer_norm(torch.randn(3, 8), torch.ones(8), torch.zeros(8))
         _linear()
@@ -154,8 +193,7 @@ def test_an_operator_that_the_forced_backend_has_not_runs_on_torch_and_explain_s
     assert _reason("onednn", "layer_norm") == "does not have this operator"
 
 
-@needs_onednn
-def test_forced_under_gradients_a_model_says_why_not():
+def test_forced_under_gradients_a_model_says_why_not(onednn):
     _, ours = make_pair(VIT)
     with clipfast.backend("onednn"), pytest.raises(RuntimeError, match=r"cannot run .*no_grad\(\) allows it"):
         ours.encode_image(make_images(VIT, 2))
@@ -179,7 +217,7 @@ def test_blocks_nest_and_end_with_an_error():
     assert _ran() == {"linear": "reference"}
 
 
-def test_explain_names_every_other_backend_and_a_reason():
+def test_explain_names_every_other_backend_and_a_reason(onednn):
     with torch.no_grad():
         _linear()
         for name in ("torch", "reference"):
@@ -275,8 +313,7 @@ def test_a_gpu_without_triton(monkeypatch):
 
 @pytest.mark.parametrize("name", [*OPERATORS, "contrastive_loss"])
 @pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 103, 120])
-def test_on_a_gpu_the_kernels_run(name, architecture, monkeypatch):
-    monkeypatch.setattr(dispatch.native, "missing", lambda: "not built")
+def test_on_a_gpu_the_kernels_run(name, architecture):
     assert _decide(name, architecture=architecture) == ("triton", None)
 
 
@@ -317,7 +354,7 @@ def test_a_measured_winner_overrides_the_rule(monkeypatch):
     assert _decide(**facts) == ("torch", "cuBLAS measured faster at this shape")
 
 
-def test_the_interpreter_runs_only_when_forced(device):
+def test_the_interpreter_runs_only_when_forced(device, onednn):
     if device != "cpu":
         pytest.skip("on a GPU the kernels themselves run")
     x, weight = torch.randn(3, 16), torch.randn(5, 16)
@@ -367,8 +404,7 @@ def test_explain_of_this_cpu_with_and_without_gradients(products):
     # how many rows a pooling query sees is not known here
     library = {"attention", "linear", "mlp", "patch_embed"} if products == "cpu" else set()
     assert {name for name, backend in backends().items() if backend == "cpu"} == library
-    if dispatch._onednn_refuses("project", dispatch.Call("cpu", torch.float32)) is None:
-        assert {name for name, backend in backends().items() if backend == "onednn"} == {*dispatch._ONEDNN} - library
+    assert {name for name, backend in backends().items() if backend == "onednn"} == {*dispatch._ONEDNN} - library
     assert set(backends(grad=True).values()) == {"torch"}
     assert set(backends(dtype=torch.float64).values()) == {"torch"}
     with torch.backends.mkldnn.flags(enabled=False):
@@ -382,9 +418,8 @@ def test_the_weight_decides_for_images_of_bytes(products):
     assert _ran() == {"patch_embed": products}
 
 
-@needs_onednn
 @pytest.mark.parametrize("rows", [600, 50])
-def test_less_precision_leaves_the_chains_of_a_product_whole(rows):
+def test_less_precision_leaves_the_chains_of_a_product_whole(rows, onednn):
     """torch.set_float32_matmul_precision("high"): still float32, added in one chain, which rounds more."""
     x, weight = torch.randn(rows, 3072), torch.randn(64, 3072) * 3072**-0.5
     exact = x.double() @ weight.double().t()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import weakref
@@ -28,6 +29,8 @@ def _onednn(request, monkeypatch):
     """oneDNN multiplies, as where our library is missing, or where many rows are bfloat16."""
     monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: "left out of this test")
     monkeypatch.setattr(dispatch, "_decisions", {})
+    # it is kept for the process: what is decided here is no other test's
+    monkeypatch.setattr(dispatch, "_usual_backend", functools.cache(dispatch._usual_backend.__wrapped__))
     dtype = request.getfixturevalue("dtype") if "dtype" in request.fixturenames else torch.float32
     reason = dispatch._onednn_refuses("linear", dispatch.Call("cpu", dtype))
     if reason is not None:
