@@ -24,6 +24,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import clipfast
+from clipfast.bench.accuracy import rms
+from tests.accuracy import bounds
 from tests.op_cases import CASES, Case, case_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,19 +66,20 @@ def measure(name: str, dtype: torch.dtype, device: str, of: Callable[..., Outcom
     case = case_in(name, dtype).on(device)
     with clipfast.backend("triton"):
         ours = of(case, Case.ours)
-    eps = torch.finfo(dtype).eps / 2  # at least half of one ulp's share of the size: a stricter bound than the tests'
     found = []
     exacts = of(case.on("cpu").map(lambda x: x.double()), Case.exact)
     for tensors in zip(ours, of(case, Case.peer), exacts, strict=True):
         x, peer, exact = (each.detach().cpu().double() for each in tensors)
-        mine, theirs = _errors(x, exact), _errors(peer, exact)
-        found.append((mine, theirs, max(a / (2 * b + eps) for a, b in zip(mine, theirs, strict=True))))
+        allowed = bounds(peer - exact, exact, dtype)
+        error = (x - exact).abs().max().item(), rms(x - exact)
+        share = max(one / most for one, most in zip(error, allowed, strict=True))
+        found.append((_errors(x, exact), _errors(peer, exact), share))
     return _worst(found)
 
 
 def _errors(x: torch.Tensor, exact: torch.Tensor) -> Errors:
-    size_max, size_rms = exact.abs().max().item(), exact.square().mean().sqrt().item()
-    return Errors((x - exact).abs().max().item() / size_max, (x - exact).square().mean().sqrt().item() / size_rms)
+    error = x - exact
+    return Errors(error.abs().max().item() / exact.abs().max().item(), rms(error) / rms(exact))
 
 
 def _worst(found: list[tuple[Errors, Errors, float]]) -> tuple[Errors, Errors, float]:

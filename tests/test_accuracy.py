@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.accuracy import COSINE_GAPS, assert_accurate, assert_embeddings, cosine_gap, relative_rms, ulp
+from tests import accuracy
+from tests.accuracy import COSINE_GAPS, assert_accurate, assert_embeddings, bounds, cosine_gap, relative_rms, ulp
+from tests.op_cases import attention_case, draw, linear_case
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -32,7 +36,7 @@ def test_an_error_like_the_peers_passes_and_three_times_that_fails(dtype):
     peer = _near(exact, dtype, 8, seed=1)
     assert_accurate(_near(exact, dtype, 8, seed=2), peer, exact)
     assert_accurate(_near(exact, dtype, 15, seed=2), peer, exact)
-    with pytest.raises(AssertionError, match="max error"):
+    with pytest.raises(AssertionError, match="RMS error"):
         assert_accurate(_near(exact, dtype, 24, seed=2), peer, exact)
 
 
@@ -81,6 +85,79 @@ def test_many_small_errors_fail_by_their_root_mean_square():
     ours = (exact + 5e-5).float()
     with pytest.raises(AssertionError, match="RMS error"):
         assert_accurate(ours, peer, exact)
+
+
+@pytest.mark.parametrize("n", [1, 6, 61, 62, 400])
+def test_one_as_exact_as_the_peer_fails_no_more_often_than_chance_allows(n, monkeypatch):
+    """At a chance that can be counted. RMS: normal errors; the greatest: products of two normal numbers."""
+    monkeypatch.setattr(accuracy, "RISK", 0.05)
+    monkeypatch.setattr(accuracy, "CHAIN", math.inf)
+    exact, draws, failed = torch.ones(n, dtype=torch.float64), 300, [0, 0]
+    for seed in range(draws):
+        peer, ours = 1e-5 * _random(2, n, seed=seed)
+        failed[0] += ours.square().mean().sqrt().item() > bounds(peer, exact, torch.float32)[1]
+        size = _random(n, seed=seed + draws)
+        failed[1] += (size * ours).abs().max().item() > bounds(size * peer, exact, torch.float32)[0]
+    assert max(failed) <= 0.05 * draws
+
+
+@pytest.mark.parametrize("n", [1, 6, 40])
+def test_luck_of_a_few_elements_excuses_what_sums_round_to_and_no_more(n):
+    exact = 1 + torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    peer, one = (exact + 0.4 * ulp(1.0, torch.float32)).float(), ulp(1.0, torch.float32)
+    assert_accurate((exact + (1.5 if n > 6 else 5) * one).float(), exact.float() + 0.9 * one, exact)
+    with pytest.raises(AssertionError):
+        assert_accurate((exact + 13 * one).float(), peer, exact)
+    # 16 bits are summed in float32
+    half = torch.float16
+    with pytest.raises(AssertionError):
+        assert_accurate((exact + 4 * ulp(1.0, half)).to(half), exact.to(half), exact)
+
+
+def _accumulated_in_bfloat16(x, weight, bias):
+    total = torch.zeros(len(x), len(weight), dtype=torch.bfloat16)
+    for k in range(x.shape[1]):
+        total = (total + x[:, k : k + 1].float() * weight[:, k].float()).bfloat16()
+    return (total + bias).to(x.dtype)
+
+
+def _one_element(y):
+    y = y.clone()
+    y[7, 11] += 0.3
+    return y
+
+
+MUTANTS = {
+    "no bias": lambda x, w, b, y: F.linear(x, w),
+    "summed in bfloat16": lambda x, w, b, y: _accumulated_in_bfloat16(x, w, b),
+    "strides of the weight": lambda x, w, b, y: F.linear(x, w.reshape(w.t().shape).t(), b),
+    "1 % too large": lambda x, w, b, y: (1.01 * y.double()).to(y.dtype),
+    "one element": lambda x, w, b, y: _one_element(y),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_of_a_linear_layer_fail(mutant, dtype):
+    case = draw("mutants", partial(linear_case, (20,), 192, 64)).map(lambda x: x.to(dtype))
+    (peer,), (exact,) = case.peer(), case.exact()
+    assert_accurate(case.ours()[0], peer, exact)
+    with pytest.raises(AssertionError, match="error"):
+        assert_accurate(MUTANTS[mutant](*case.arguments, peer), peer, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mutants_of_attention_fail(dtype):
+    case = draw("mutants", partial(attention_case, [33], 2, 32, causal=True)).map(lambda x: x.to(dtype))
+    (peer,), (exact,) = case.peer(), case.exact()
+    assert_accurate(case.ours()[0], peer, exact)
+    q, k, v = case.arguments[0].permute(1, 2, 0, 3)
+    mask = torch.zeros(33, 33, dtype=dtype).masked_fill(torch.ones(33, 33).triu(2).bool(), -math.inf)
+    shifted = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)[0].transpose(0, 1).flatten(1)
+    swapped = case.arguments[0][:, [1, 0, 2]]
+    for wrong in (shifted, case._replace(arguments=(swapped, [0, 33])).peer()[0], peer.view(33, 2, 32).flip(1)):
+        with pytest.raises(AssertionError, match="error"):
+            assert_accurate(wrong.reshape(peer.shape), peer, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,7 +244,7 @@ def test_the_message_names_what_the_figures_and_the_bound():
         assert_accurate(torch.full((4,), 1.5), torch.ones(4), exact, what="layer_norm dx")
     text = str(caught.value)
     assert text.startswith("layer_norm dx: max error 0.5 > 1.192e-07")
-    assert "float32" in text and "of the peer" in text
+    assert "float32" in text and "the peer's is 0" in text
 
 
 def test_empty_scalar_and_differentiable_tensors():
