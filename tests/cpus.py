@@ -35,7 +35,7 @@ def assume(monkeypatch: pytest.MonkeyPatch, cpu: Cpu) -> None:
     """
     monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: None if cpu.built else "not built")
     monkeypatch.setattr(dispatch.cpu_library, "best", lambda: cpu.instructions)
-    monkeypatch.setattr(dispatch.onednn, "missing", lambda: None)
+    monkeypatch.setattr(dispatch.compat, "onednn_missing", lambda: None)
     monkeypatch.setattr(dispatch, "_has_bfloat16_products", lambda: cpu.bfloat16)
     monkeypatch.setattr(dispatch, "_has_amx", lambda: cpu.amx)
     monkeypatch.setattr(dispatch, "_decisions", {})

@@ -93,7 +93,7 @@ def test_rows_are_counted(on):
 
 
 def test_a_missing_library_leaves_its_operators_to_others_and_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(dispatch.onednn, "missing", lambda: None)
+    monkeypatch.setattr(dispatch.compat, "onednn_missing", lambda: None)
     ours = library.LIBRARY
     monkeypatch.setattr(ours, "loaded", ours.load(tmp_path / "libclipfast_cpu.so"))
     for operator in ("attention", *PRODUCTS):

@@ -17,7 +17,7 @@ from .cpus import CPUS, assume
 from .op_cases import SMALL
 
 # asked before a test says otherwise
-ONEDNN_MISSING = dispatch.onednn.missing()
+ONEDNN_MISSING = dispatch.compat.onednn_missing()
 ALL = ("cuda", "triton", "cpu", "onednn", "torch", "reference")
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
 
