@@ -1,10 +1,13 @@
-"""What Triton's interpreter (TRITON_INTERPRET=1: kernels as NumPy on the CPU) gets wrong about bfloat16.
+"""What Triton's interpreter (TRITON_INTERPRET=1: kernels as NumPy on the CPU) gets wrong, and what it lacks.
 
-It keeps the bits as uint16, multiplies them as integers in a dot, and cuts float32 off instead of rounding it to
-nearest as a GPU does (Triton 3.6 to 3.9). Imported only where the interpreter is on; a GPU never sees this.
+Of bfloat16 it keeps the bits as uint16, multiplies them as integers in a dot, and cuts float32 off instead of rounding
+it to nearest as a GPU does (Triton 3.6 to 3.9). Inline assembly it has none of: each instruction that our kernels use
+is here as its documentation has it. Imported only where the interpreter is on; a GPU never sees this.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import triton.language as tl
@@ -37,7 +40,38 @@ def _cast_impl(self, src, dst_type):
     return TensorHandle(data, target)
 
 
+def _tanh_approx(x: np.ndarray) -> np.ndarray:
+    """PTX's tanh.approx.f32 at the worst that is promised: off by 2^-11 of the result, up for some numbers, else down.
+
+    Source: PTX ISA 7.0, "Floating Point Instructions: tanh".
+    """
+    # the last bit is as good as random, and always the same for the same number
+    up = np.where(x.view(np.uint32) & 1, np.float32(1), np.float32(-1))
+    return np.tanh(x) * (1 + up * np.float32(2**-11) * np.isfinite(x))
+
+
+# with one result and one argument, both float32
+_INSTRUCTIONS = {"tanh.approx.f32 $0, $1;": _tanh_approx}
+
+
+class _Results(NamedTuple):
+    """What the interpreter expects of a call with several results."""
+
+    handles: list[TensorHandle]
+
+    def get_result(self, index: int) -> TensorHandle:
+        return self.handles[index]
+
+
+def _create_inline_asm(self, text, constraints, values, types, is_pure, pack):
+    if text not in _INSTRUCTIONS:
+        raise NotImplementedError(f"{text!r}: the interpreter knows {', '.join(_INSTRUCTIONS)}; add it in {__name__}")
+    (x,) = values
+    return _Results([TensorHandle(_INSTRUCTIONS[text](x.data), x.dtype.scalar)])
+
+
 def install() -> None:
     """Corrects the interpreter of this process."""
     InterpreterBuilder.create_dot = _create_dot
     InterpreterBuilder.cast_impl = _cast_impl
+    InterpreterBuilder.create_inline_asm = _create_inline_asm
