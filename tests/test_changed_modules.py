@@ -286,6 +286,21 @@ def test_gradients_through_changed_modules(name):
     assert_same_gradients(VIT, run, EDITS[name])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_attention(training):
+    """Everything is dropped, so that which numbers are drawn does not matter; in evaluation nothing is."""
+
+    def edit(m, _):
+        for block in _blocks(m):
+            block.attn.dropout = 1.0
+            block.attn.train(training)
+
+    trio = make_trio(VIT, edit)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert_same(trio, encode(IMAGES, TEXTS))
+
+
 def test_a_class_patched_for_all_its_objects(monkeypatch):
     """As attention visualisers do, after the models are made."""
     trio = make_trio(VIT)
