@@ -11,6 +11,7 @@ import torch
 
 from clipfast import compat
 from clipfast.dispatch import Explanation, explain
+from clipfast.kernels import cpu_library
 
 __all__ = ["report"]
 
@@ -68,9 +69,11 @@ def _missing() -> list[str]:
 
 
 def _machine() -> str:
+    held = f" (set by {cpu_library.SWITCH})" if os.environ.get(cpu_library.SWITCH) else ""
     rows = [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("CPU", torch.backends.cpu.get_cpu_capability()),
+        ("CPU library", "not in use, see below" if cpu_library.missing() else f"runs as {cpu_library.best()}{held}"),
         ("threads", f"{torch.get_num_threads()} on {os.cpu_count()} cores"),
         ("float32", f"matrix products at precision {torch.get_float32_matmul_precision()!r}"),
     ]

@@ -87,9 +87,9 @@ def cpu_library(cpu_library_file) -> Iterator[ctypes.CDLL]:
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def form(request, cpu_library) -> str:
-    """Each of the instruction sets that libclipfast_cpu is compiled for and this CPU has."""
+    """Each of the instruction sets that libclipfast_cpu is compiled for and this CPU has, or is held to."""
     from clipfast.kernels import cpu_library as library
 
-    if library.INSTRUCTIONS[request.param] > cpu_library.clipfast_cpu_best():
-        pytest.skip("this CPU has not the instructions")
+    if library.INSTRUCTIONS[request.param] > library.INSTRUCTIONS[library.best()]:
+        pytest.skip(f"this CPU has not the instructions, or {library.SWITCH} is set")
     return request.param

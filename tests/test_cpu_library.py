@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import clipfast
-from clipfast import dispatch, tuning
+from clipfast import dispatch, doctor, ops, tuning
 from clipfast.kernels import cpu_attention, cpu_linear
 from clipfast.kernels import cpu_library as library
 from clipfast.packing import Rows
@@ -30,8 +31,8 @@ def runs_on(operator: str, dtype: torch.dtype = torch.float32, **facts) -> tuple
 
 @pytest.fixture
 def on(monkeypatch):
-    """on(name): dispatch decides as on that CPU."""
-    return lambda name: assume(monkeypatch, CPUS[name])
+    """on(cpu): dispatch decides as on that CPU, one of CPUS by its name."""
+    return lambda cpu: assume(monkeypatch, CPUS.get(cpu, cpu))
 
 
 def test_attention_runs_without_gradients_only():
@@ -64,6 +65,8 @@ def test_many_rows_of_bfloat16_are_left_to_onednn(cpu, few, on):
     for rows in (16, 32, 64, 128):
         assert runs_on("linear", torch.bfloat16, rows=rows)[0] == ("cpu" if rows <= few else "onednn"), rows
     assert runs_on("linear", torch.bfloat16)[1]["cpu"] == f"oneDNN is as fast in bfloat16 beyond {few} rows"
+    on(CPUS[cpu]._replace(instructions="avx2"))
+    assert runs_on("linear", torch.bfloat16)[0] == "cpu", "held to less than the CPU has"
     on("baseline")
     assert runs_on("linear")[0] == "onednn" and "rule of thumb, not measured" in runs_on("linear")[1]["cpu"]
     with pytest.raises(RuntimeError, match="inference only"):
@@ -185,6 +188,44 @@ def test_the_form_asked_for_is_the_one_that_runs(monkeypatch):
         cpu_attention.attention(torch.zeros(1, 3, 1, 1), Rows((1,)), True, None, "avx2")
     with pytest.raises(RuntimeError, match="has not the instructions"):
         cpu_linear.linear(torch.zeros(1, 1), torch.zeros(1, 1), None, None, None, "avx2")
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """Sets the variable, and lets it be read anew."""
+
+    def to(name: str) -> None:
+        monkeypatch.setenv(library.SWITCH, name)
+        library.best.cache_clear()
+
+    yield to
+    monkeypatch.undo()
+    library.best.cache_clear()
+
+
+def test_the_variable_holds_every_call_to_a_form(switch, monkeypatch):
+    ran = []
+    monkeypatch.setattr(cpu_attention, "run", lambda operator, args: ran.append(args.instructions))
+    monkeypatch.setattr(cpu_linear, "run", lambda operator, args: ran.append(args.instructions))
+    for name in ("baseline", ""):  # one that every CPU has, and none
+        switch(name)
+        cpu_attention.attention(torch.zeros(1, 3, 1, 1), Rows((1,)), True, None)
+        cpu_linear.linear(torch.zeros(1, 1), torch.zeros(1, 1), None, None, None)
+        most = library.LIBRARY.use().clipfast_cpu_best()
+        assert ran == [library.INSTRUCTIONS[name] if name else most] * 2
+        assert library.INSTRUCTIONS[library.best()] == ran.pop() == ran.pop()
+        assert (runs_on("linear")[0] == "onednn") == (library.best() == "baseline")
+    switch("baseline")
+    assert "runs as baseline (set by CLIPFAST_CPU_INSTRUCTIONS)" in doctor.report()
+
+
+@pytest.mark.parametrize(("name", "why"), [("avx3", "that is unknown"), ("avx2", "this CPU or build has not")])
+def test_a_form_that_is_not_here_is_named(switch, monkeypatch, name, why):
+    monkeypatch.setattr(library.LIBRARY, "loaded", SimpleNamespace(clipfast_cpu_best=lambda: 1))
+    switch(name)
+    for operator in (library.best, lambda: ops.linear(torch.zeros(1, 1), torch.zeros(1, 1))):
+        with torch.no_grad(), pytest.raises(ValueError, match=f"CLIPFAST_CPU_INSTRUCTIONS={name}: {why}.*be baseline"):
+            operator()
 
 
 def test_this_cpu_runs_every_form_that_pytorch_finds_it_can(cpu_library):

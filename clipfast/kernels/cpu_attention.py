@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipfast.kernels import library
-from clipfast.kernels.cpu_library import DTYPES, INSTRUCTIONS, AttentionArgs, pointer, run
+from clipfast.kernels.cpu_library import DTYPES, AttentionArgs, form, pointer, run
 from clipfast.packing import Rows
 
 
@@ -32,7 +32,7 @@ def _attention_fwd(qkv: Tensor, offsets: Tensor, causal: bool, scale: float, ins
             DTYPES[qkv.dtype],
             causal,
             torch.get_num_threads(),
-            INSTRUCTIONS[instructions],
+            form(instructions),
             scale,
         )
         run("attention", args)

@@ -5,6 +5,8 @@ csrc/clipfast_cpu.h documents the interface.
 
 from __future__ import annotations
 
+import functools
+import os
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 
 import torch
@@ -58,9 +60,28 @@ LIBRARY = SharedLibrary(
 missing = LIBRARY.missing
 
 
+# holds the library to an older CPU's instructions
+SWITCH = "CLIPFAST_CPU_INSTRUCTIONS"
+
+
+@functools.cache
 def best() -> str:
-    """What "best" stands for on this CPU. Raises: RuntimeError if the library is missing."""
-    return {code: name for name, code in INSTRUCTIONS.items()}[LIBRARY.use().clipfast_cpu_best()]
+    """What "best" stands for: what this CPU has, or what CLIPFAST_CPU_INSTRUCTIONS names; it is read once.
+
+    Raises: RuntimeError if the library is missing, ValueError if the variable names what this CPU has not.
+    """
+    most = LIBRARY.use().clipfast_cpu_best()
+    able = [name for name, code in INSTRUCTIONS.items() if 0 < code <= most]
+    asked = os.environ.get(SWITCH) or able[-1]
+    if asked not in able:
+        why = "this CPU or build has not" if asked in INSTRUCTIONS else "that is unknown"
+        raise ValueError(f"{SWITCH}={asked}: {why}; here it may be {', '.join(able)}")
+    return asked
+
+
+def form(instructions: str) -> int:
+    """The code of a form by its name. Raises: as `best`, for "best"."""
+    return INSTRUCTIONS[best() if instructions == "best" else instructions]
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import eager, library
-from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, INSTRUCTIONS, LinearArgs, pointer, run
+from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LinearArgs, form, pointer, run
 from clipfast.packing import Rows
 
 
@@ -38,7 +38,7 @@ def _linear_fwd(
         DTYPES[x.dtype],
         ACTIVATIONS[activation],
         torch.get_num_threads(),
-        INSTRUCTIONS[instructions],
+        form(instructions),
     )
     run("linear", args)
     return out
