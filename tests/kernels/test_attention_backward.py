@@ -135,11 +135,11 @@ def test_scores_far_below_zero(length, dtype, device, one_order):
 @either
 @pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
 def test_scales(scale, causal, device):
-    for length, dtype in product((50, 140), (torch.float32, HALF)):
+    for length, dtype in ((50, torch.float32), (50, HALF), (130, HALF)):
         check(random_qkv([length], 1, 32, dtype), [length], causal, device, scale=scale, what=f"{length} {dtype}")
 
 
-@pytest.mark.parametrize("length", [50, 140])
+@pytest.mark.parametrize("length", [50, 130])
 def test_strides(length, device):
     """A slice of something larger, heads before q, k, v, and rows with gaps; the last one is copied."""
     slices = [
@@ -153,11 +153,11 @@ def test_strides(length, device):
         check(qkv, [length], True, device)
 
 
-@pytest.mark.parametrize("lengths", [(20, 9), (140,)], ids=["tile", "stream"])
+@pytest.mark.parametrize("lengths", [(20, 9), (130,)], ids=["tile", "stream"])
 def test_one_upstream_gradient_for_all(lengths, device):
     """An expanded tensor, as sum() gives, has no strides that a kernel could read by."""
-    qkv, rows = random_qkv(lengths, 2, 16, torch.float32).to(device), Rows(lengths)
-    one = torch.ones((), device=device).expand(sum(lengths), 32)
+    qkv, rows = random_qkv(lengths, 1, 16, torch.float32).to(device), Rows(lengths)
+    one = torch.ones((), device=device).expand(sum(lengths), 16)
     got, wanted = (gradient(lambda x: module.attention(x, rows, True, None), qkv, g) for g in (one, one.contiguous()))
     assert torch.equal(got, wanted) and got.abs().max() > 0
 
@@ -213,10 +213,10 @@ def test_every_configuration(block, dtype, width, tf32, device):
 
 @named
 @either
-@pytest.mark.parametrize("lengths", [(20, 0, 9), (77,), (129,), (140,)], ids=str)
+@pytest.mark.parametrize("lengths", [(20, 0, 9), (77,), (129,)], ids=str)
 def test_row_statistics(lengths, causal, dtype, device, poisoned_memory):
     """The same result bit for bit, and log2 of the sum of 2^(log2(e) q.k / sqrt(D))."""
-    qkv, rows = random_qkv(lengths, 2, 32, dtype), Rows(lengths)
+    qkv, rows = random_qkv(lengths, 2 if len(lengths) > 1 else 1, 32, dtype), Rows(lengths)
     out, lse = forward.attention_lse(qkv.to(device), rows, causal, 32**-0.5, False)
     assert torch.equal(out, forward.attention(qkv.to(device), rows, causal, None))
     wanted = []
@@ -230,8 +230,8 @@ def test_row_statistics(lengths, causal, dtype, device, poisoned_memory):
 
 def test_what_is_kept(device):
     """qkv itself, the result and a number per row and head; nothing at all where no gradient is wanted."""
-    for lengths in ((20, 9), (200,)):
-        qkv = random_qkv(lengths, 2, 32, HALF).to(device).requires_grad_()
+    for lengths in ((20, 9), (130,)):
+        qkv = random_qkv(lengths, 2, 16, HALF).to(device).requires_grad_()
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, to=kept: to.append(x) or x, lambda x: x):
             out = module.attention(qkv, Rows(lengths), True, None)
@@ -264,7 +264,7 @@ def _on_device():
 
 
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), seed=SEEDS, causal=st.booleans(), long=st.booleans()
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3), seed=SEEDS, causal=st.booleans(), long=st.booleans()
 )
 @settings(max_examples=4)
 def test_neighbours_change_nothing_and_neither_does_another_run(lengths, seed, causal, long):
@@ -287,11 +287,11 @@ def test_neighbours_change_nothing_and_neither_does_another_run(lengths, seed, c
 # 0 / 0 where nothing is stored
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered")
 @either
-@pytest.mark.parametrize("lengths", [(3, 9, 9, 20, 60, 11), (40, 0, 150)], ids=["tile", "stream"])
+@pytest.mark.parametrize("lengths", [(3, 9, 9, 20, 60, 11), (20, 0, 130)], ids=["tile", "stream"])
 def test_stable_rows(lengths, causal, device, poisoned_memory):
     """Programs with nothing to do, which a captured graph is filled up with, write nothing."""
-    qkv = random_qkv(lengths, 2, 32, HALF).to(device)
-    grad_out = torch.randn(len(qkv), 64, device=device).to(HALF)
+    qkv = random_qkv(lengths, 1, 32, HALF).to(device)
+    grad_out = torch.randn(len(qkv), 32, device=device).to(HALF)
     got, wanted = (
         gradient(lambda x, rows=rows: module.attention(x, rows, causal, None), qkv, grad_out)
         for rows in (Rows(lengths, stable=True), Rows(lengths))
@@ -336,13 +336,13 @@ def test_gradient_of_the_gradient(lengths, causal, device):
 
 def test_registered(device):
     lengths = (5, 9)
-    qkv = random_qkv(lengths, 2, 64, HALF).to(device)
+    qkv = random_qkv(lengths, 2, 16, HALF).to(device)
     tiles, spans, blocks = packing.tiles(lengths, 64), packing.spans(lengths), packing.query_blocks(lengths, 64)
     tiles, spans, blocks = (x.to(device) for x in (tiles, spans, blocks))
     ops, opcheck = torch.ops.clipfast, torch.library.opcheck
     opcheck(ops.attention_tile_lse.default, (qkv, tiles, spans, True, 0.1, 64, False))
     opcheck(ops.attention_stream_lse.default, (qkv, blocks, True, 0.1, 64, False, 16, False))
-    saved = (torch.randn(14, 128, device=device).to(HALF), qkv, torch.randn(14, 128, device=device).to(HALF))
+    saved = (torch.randn(14, 32, device=device).to(HALF), qkv, torch.randn(14, 32, device=device).to(HALF))
     saved += (torch.randn(2, 14, device=device),)
     opcheck(ops.attention_tile_bwd.default, (*saved, tiles, spans, True, 0.1, 64, False))
     opcheck(ops.attention_stream_bwd.default, (*saved, blocks, True, 0.1, 32, False))

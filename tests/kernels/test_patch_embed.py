@@ -32,7 +32,8 @@ def check(case: Case, dtype, device):
         (9, 28, 28, 14, 24),
         (2, 70, 47, 14, 130),
         (2, 33, 63, 16, 48),
-        (8, 224, 256, 32, 24),
+        (1, 64, 96, 32, 24),
+        (5, 126, 126, 14, 24),  # more rows than a few, which have tiles of their own
         (0, 32, 32, 16, 8),
     ],
 )
