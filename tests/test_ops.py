@@ -61,7 +61,7 @@ def _runs(name: str, dtype: torch.dtype, backend: str) -> bool:
     if backend in HAVE:
         return CASES[name].operator in HAVE[backend]
     # the interpreter is slow: tests/kernels holds each kernel to float16, and whole towers to the large shapes
-    return backend == "torch" or torch.cuda.is_available() or (dtype != torch.float16 and _size(name) < 1_500_000)
+    return backend == "torch" or torch.cuda.is_available() or (dtype != torch.float16 and _size(name) < 450_000)
 
 
 FORWARD = [
@@ -167,26 +167,65 @@ def test_every_backend_knows_every_argument(name):
 
 
 STRIDED = [
-    p for p in FORWARD if torch.float16 not in p.values and (p.values[2] != "triton" or _size(p.values[0]) < 60_000)
+    p
+    for p in FORWARD
+    if torch.float16 not in p.values and _size(p.values[0]) < (60_000 if p.values[2] == "triton" else 160_000)
 ]
+
+
+def _wider(x: Tensor) -> Tensor:
+    """x as the rows of a wider tensor, NaN between them: what `split` and slices of activations are."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 8), float("nan"), dtype=x.dtype, device=x.device)
+    return wide[..., : x.shape[-1]].copy_(x)
+
+
+VIEWS = {
+    "gaps": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
+    "wider": lambda x: _wider(x) if x.ndim > 1 else x.clone(),
+    "transposed": lambda x: x.t().contiguous().t() if x.ndim == 2 else x.clone(),
+    "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+}
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), STRIDED)
 def test_strides(name, dtype, backend, device):
-    """Every argument as a view with gaps, transposed in memory, and at an odd address."""
+    """Every argument as a view with gaps, as rows of something wider, transposed in memory, and at an odd address."""
     case = case_in(name, dtype)
     _skip_unless_it_runs(backend, case.operator, dtype)
     exacts = case.exact()
-    views = {
-        "gaps": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
-        "transposed": lambda x: x.t().contiguous().t() if x.ndim == 2 else x.clone(),
-        "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
-    }
     with torch.no_grad(), clipfast.backend(backend):
-        for what, view in views.items():
+        for what, view in VIEWS.items():
             viewed = case.on(device if backend == "triton" else "cpu").map(view)
             for got, peer, exact in zip(viewed.ours(), viewed.peer(), exacts, strict=True):
                 assert_accurate(got, peer, exact, what=f"{name}, {what}")
+
+
+UPSTREAM = {
+    **VIEWS,
+    "one number for all": lambda x: x.flatten()[0].expand(x.shape),
+    "one row for all": lambda x: x[(0,) * (x.ndim - 1)].expand(x.shape),
+}
+SMALLEST = {op: min((n for n, c in CASES.items() if c.operator == op), key=_size) for op in dispatch.OPERATORS}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", [*SMALLEST.values(), "layer_norm residual", "linear (70,) 191 37 ['activation']"])
+def test_gradients_of_views(name, backend, device):
+    """Arguments and upstream gradients with strides of their own, 0 among them: as of the same numbers in a row."""
+
+    def run(arguments, upstream):
+        leaf = arguments.map(lambda x: x.detach().requires_grad_())
+        with clipfast.backend(backend):
+            outputs = leaf.ours()
+        leaves = [x for x in leaf.tensors() if x.requires_grad and x.numel()]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [upstream(torch.sin(x.detach())) for x in outputs])]
+
+    case = CASES[name].on(device if backend == "triton" else "cpu")
+    for what, view in UPSTREAM.items():
+        got = run(case.map(VIEWS[what]) if what in VIEWS else case, view)
+        wanted = run(case.map(torch.clone), lambda x, view=view: view(x).contiguous())
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, i=i, w=what: f"{w}, {i}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast import compat
-from clipfast.kernels import eager, gradients
+from clipfast.kernels import eager, gradients, library
 from clipfast.packing import Rows
 
 aten = torch.ops.aten
@@ -81,7 +81,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, rows: Rows, causal: bool, scale: float | None) -> Tensor:
         total, _, heads, width = qkv.shape
-        (cast,) = gradients.autocast_to(qkv, qkv)
+        # PyTorch's kernels below, unlike its F.scaled_dot_product_attention, do not ask how numbers of a row lie
+        cast = library.last_dim_contiguous(*gradients.autocast_to(qkv, qkv))
         with gradients.no_autocast(qkv):
             out, sums = cast.new_empty(total, heads, width), []
             for q, k, v, part in _runs(cast, rows, out):
@@ -100,7 +101,8 @@ class _Attention(torch.autograd.Function):
             return gradients.attention_differentiably(qkv, ctx.rows, causal, scale, grad), None, None, None
         dqkv = torch.empty_like(cast, memory_format=torch.contiguous_format)
         with gradients.no_autocast(qkv):
-            grads = _runs(dqkv, ctx.rows, grad.to(cast.dtype).view_as(out))
+            grad = grad.to(cast.dtype).view_as(out)
+            grads = _runs(dqkv, ctx.rows, grad)
             backward = _flash_bwd if cast.dtype.itemsize > 2 else _half_bwd
             for (q, k, v, y), (dq, dk, dv, dy), lse in zip(_runs(cast, ctx.rows, out), grads, sums, strict=True):
                 backward((dq, dk, dv), dy, q, k, v, y, lse, causal, scale)
