@@ -18,11 +18,11 @@ BENCH := $(VENV)/.stamp-bench
 peer = $(INSTALL) $(1) || { \
 	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }
 
-.PHONY: help demo test lint bench readme gpu clean
+.PHONY: help demo test test-older-cpus lint bench readme gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO) ## see clipfast work on real photographs
 	$(VENV)/bin/clipfast demo
@@ -30,6 +30,15 @@ demo: $(DEMO) ## see clipfast work on real photographs
 test: $(TEST) ## lint, then the whole test suite
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n auto --maxprocesses=4 --durations=10
+
+# What depends on the CPU, held to older ones, so that a failure on one of those shows here: operators, gradients, and of
+# the architectures the least.
+CPU_TESTS = $(PY) -m pytest -n auto --maxprocesses=4 -k "not triton and not RN50 and not RN101 and not B/16 and not L/14" \
+	$(addprefix tests/test_,$(addsuffix .py,dispatch cpu_library cpu_linear cpu_attention ops gradients prepack model))
+test-older-cpus: $(TEST) ## what depends on the CPU, held to AVX2 and to plain C++
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 CLIPFAST_CPU_INSTRUCTIONS=avx2 $(CPU_TESTS)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+		CLIPFAST_CPU_INSTRUCTIONS=baseline $(CPU_TESTS)
 
 lint: $(TEST) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -90,6 +90,20 @@ def test_some_of_the_rows(n, others, offset, device, poisoned_memory, small_laun
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_features_that_are_rows_of_wider_tensors(device, small_launches):
+    """The embeddings of both towers in one tensor, or with more beside them; what lies between is not read."""
+    scale = torch.tensor(10.0, device=device)
+    views = []
+    for x, width in zip(features(40, 16), (19, 32), strict=True):
+        wide = torch.full((40, width), float("nan"), device=device)
+        views.append(wide[:, :16].copy_(x))
+    found, wanted = (
+        with_gradients(triton_loss, *(change(x) for x in views), scale) for change in (lambda x: x, torch.clone)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_logits_of_any_size(device):
     """Duplicates at scale 100, and logits from -10,000 to 10,000."""
     image, text = (x.to(device) for x in features(40, 16))

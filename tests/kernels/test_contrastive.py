@@ -42,7 +42,9 @@ def test_a_row_of_zeros_is_nan_there_alone(device):
 def test_empty_and_strided(device):
     scale = torch.tensor(0.5, device=device)
     a, b = torch.randn(5, 3, 64, device=device)[:, 1], torch.randn(64, 4, device=device).t()
-    torch.testing.assert_close(module.logits(a, b, scale)[0], PEERS["logits"](a, b, scale)[0])
+    wider = torch.randn(4, 3, 64, device=device)[:, 2]
+    for texts in (b, wider):
+        torch.testing.assert_close(module.logits(a, texts, scale)[0], PEERS["logits"](a, texts, scale)[0])
     assert module.logits(a[:0], b, scale)[0].shape == (0, 4)
     assert module.logits(a, b[:0], scale)[1].shape == (0, 5)
 
