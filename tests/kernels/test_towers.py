@@ -74,8 +74,11 @@ def test_in_other_dtypes(dtype, device):
     _check(*make_pair(config), dtype, device, make_images(config, 1), make_texts(config, 3)[1:])
 
 
-@pytest.mark.parametrize("name", ["RN50x4", "RN50x64"])  # text 640 and 1024 wide; 512 and 768 are above
+@pytest.mark.parametrize("name", ["RN50x4", "RN50x64"])
 def test_the_text_tower_of_a_resnet(name, device):
+    """640 and 1024 wide; 512 and 768 are above, and 1024 is the width of an image tower there."""
+    if name == "RN50x64" and device == "cpu" and not os.environ.get("CLIPFAST_FULL"):
+        pytest.skip("weights of 1024 x 4096 take the interpreter half a minute: CLIPFAST_FULL=1")
     config = _two_blocks(name)
     peer, ours = make_pair((config[0], 64, (1, 1, 1, 1), 8, None, *config[5:]))
     images = make_images((0, 64), 1)
