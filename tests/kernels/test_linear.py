@@ -121,6 +121,15 @@ def test_the_cheaper_tanh_is_the_same_function(device):
     assert ((got.double().cpu() - exact).abs() <= bound).all()
 
 
+def test_an_instruction_without_a_stand_in_is_named(device):
+    if device != "cpu":
+        pytest.skip("a GPU has them all")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    with pytest.raises(NotImplementedError, match="ex2.approx.*the interpreter knows tanh.approx"):
+        InterpreterBuilder().create_inline_asm("ex2.approx.f32 $0, $1;", "=f,f", [None], [None], True, 1)
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_empty(rows, device):
     (x, weight, bias, _), _ = operands(rows, 0 if rows else 5, 16, torch.float32, device)
