@@ -2,12 +2,15 @@
 
 Of bfloat16 it keeps the bits as uint16, multiplies them as integers in a dot, and cuts float32 off instead of rounding
 it to nearest as a GPU does (Triton 3.6 to 3.9). Inline assembly it has none of: each instruction that our kernels use
-is here as its documentation has it. Imported only where the interpreter is on; a GPU never sees this.
+is here as its documentation has it. And it looks through all of Triton's language at each call of a device function,
+a good part of its time. Imported only where the interpreter is on; a GPU never sees this.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import inspect
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton.language as tl
@@ -70,8 +73,23 @@ def _create_inline_asm(self, text, constraints, values, types, is_pure, pack):
     return _Results([TensorHandle(_INSTRUCTIONS[text](x.data), x.dtype.scalar)])
 
 
+@functools.cache
+def _builtins_of(package: Any) -> list[str]:
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def _patch_builtin(package, *rest):
+    """As Triton's own, but that a package is looked through once."""
+    for name in _builtins_of(package):
+        member = getattr(package, name)
+        # patched once, it is none any more
+        if tl.core.is_builtin(member):
+            interpreter._patch_attr(package, name, member, *rest)
+
+
 def install() -> None:
     """Corrects the interpreter of this process."""
     InterpreterBuilder.create_dot = _create_dot
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_inline_asm = _create_inline_asm
+    interpreter._patch_builtin = _patch_builtin
