@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import textwrap
 from importlib import metadata
 
@@ -28,6 +29,14 @@ _OPTIONAL = (
     (("open_clip_torch",), "comparing with open_clip"),
     (("transformers",), "comparing with Hugging Face"),
 )
+# what an older release gets: (first release that gets more, what the older one gets)
+_OLDER = {
+    "torch": ((2, 8), "before 2.8 the loss on a GPU multiplies float16 and bfloat16 as float32"),
+    "triton": (
+        (3, 4),
+        "before 3.4 linear layers on sm_90 and later take the form of older GPUs: no tensor descriptors",
+    ),
+}
 _USES = (
     ("float32", torch.float32, False),
     ("bfloat16", torch.bfloat16, False),
@@ -53,12 +62,24 @@ def _version(names: tuple[str, ...]) -> str | None:
     return None
 
 
+def _with_note(name: str, version: str | None) -> str | None:
+    """The version, and what it does without where it is an older one."""
+    release = re.match(r"(\d+)\.(\d+)", version or "")
+    if name in _OLDER and release is not None:
+        newer, note = _OLDER[name]
+        return version if (int(release[1]), int(release[2])) >= newer else f"{version} ({note})"
+    return version
+
+
 def _versions() -> str:
     from clipfast import __version__
 
     rows = [("python", platform.python_version()), ("clipfast", __version__)]
-    rows += [(names[0], _version(names) or "NOT INSTALLED: clipfast needs it") for names in _NEEDED]
-    rows += [(names[0], _version(names) or f"not installed (needed for {purpose})") for names, purpose in _OPTIONAL]
+    rows += [
+        (names[0], _with_note(names[0], _version(names)) or "NOT INSTALLED: clipfast needs it") for names in _NEEDED
+    ]
+    for names, purpose in _OPTIONAL:
+        rows.append((names[0], _with_note(names[0], _version(names)) or f"not installed (needed for {purpose})"))
     return _section("Installed", rows)
 
 

@@ -357,6 +357,18 @@ def test_doctor_says_what_a_missing_library_is_for(monkeypatch):
     assert "not installed (needed for reading and writing .safetensors checkpoints)" in told
 
 
+@pytest.mark.parametrize(
+    ("version", "notes"),
+    [("2.6.0", 1), ("2.7.1+cu128", 1), ("2.8.0", 0), ("2.13.0+cpu", 0), ("3.2.0", 1), ("3.3.1", 1), ("3.4.0", 0)],
+)
+def test_doctor_says_what_an_older_version_gets(version, notes, monkeypatch):
+    package = "torch" if version.startswith("2.") else "triton"
+    real = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: version if name == package else real(name))
+    line = next(line for line in doctor.report().splitlines() if line.split()[:1] == [package])
+    assert version in line and line.count("before") == notes
+
+
 def test_models_and_version(capsys):
     assert cli.main(["models"]) == 0
     assert capsys.readouterr().out.split() == clipfast.available_models()

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import clipfast
-from clipfast.kernels import patch_embed_gradients
 
 from .accuracy import assert_accurate
+from .backends import needs_triton
 from .op_cases import CASES, SMALL, Case, case_in, mlp_case, norm, patch_case, weights
 
 OWN = ("layer_norm", "linear", "mlp", "attention", "patch_embed", "project")
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", pytest.param("triton", marks=needs_triton))
 
 
 def _leaves(case: Case, wanted: set[int] | None = None) -> tuple[Case, list[Tensor]]:
@@ -139,6 +139,7 @@ def test_what_is_kept(dtype):
         assert kept <= rows * (widths * width * dtype.itemsize + 16), (case.operator, kept)
 
 
+@needs_triton
 @pytest.mark.parametrize("patch", [7, 14, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_weight_of_the_patch_embedding(patch, dtype, device):
@@ -163,7 +164,10 @@ def test_weight_of_the_patch_embedding(patch, dtype, device):
         assert_accurate(got, peer, exact, what=f"{name} of patches of {patch}")
 
 
+@needs_triton
 def test_the_registered_gradient_of_the_patch_embedding(device):
+    from clipfast.kernels import patch_embed_gradients
+
     images, grad = torch.randn(2, 3, 16, 24, device=device), torch.randn(2, 7, 20, device=device)
     operator = patch_embed_gradients.patch_weight_grad
     torch.library.opcheck(operator, (grad, images, None, None, 8, False))

@@ -25,6 +25,7 @@ from clipfast.loss import ClipLoss, contrastive_loss
 
 from . import peers
 from .accuracy import assert_accurate
+from .backends import needs_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -278,6 +279,7 @@ def test_a_forced_backend_runs_the_loss(name, monkeypatch):
     assert dict(decision.others)["onednn"] == "does not have this operator"
 
 
+@needs_triton
 def test_on_a_gpu_the_triton_kernels_run_with_gradients_too():
     for dtype, backend in ((torch.bfloat16, "triton"), (torch.float32, "triton"), (torch.float64, "torch")):
         for grad in (False, True):

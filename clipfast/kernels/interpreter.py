@@ -1,9 +1,10 @@
 """What Triton's interpreter (TRITON_INTERPRET=1: kernels as NumPy on the CPU) gets wrong, and what it lacks.
 
 Of bfloat16 it keeps the bits as uint16, multiplies them as integers in a dot, and cuts float32 off instead of rounding
-it to nearest as a GPU does (Triton 3.6 to 3.9). Inline assembly it has none of: each instruction that our kernels use
-is here as its documentation has it. And it looks through all of Triton's language at each call of a device function,
-a good part of its time. Imported only where the interpreter is on; a GPU never sees this.
+it to nearest as a GPU does (Triton 3.2 to 3.9). Up to 3.6 it makes an int of a loop's end in a way that NumPy 2.4 no
+longer allows; in 3.2 a transposed block is no block. Inline assembly it has none of: each instruction that our kernels
+use is here as its documentation has it. And it looks through all of Triton's language at each call of a device
+function, a good part of its time. Imported only where the interpreter is on; a GPU never sees this.
 """
 
 from __future__ import annotations
@@ -87,8 +88,25 @@ def _patch_builtin(package, *rest):
             interpreter._patch_attr(package, name, member, *rest)
 
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _transposed(self):
+    *batch, rows, cols = self.type.shape
+    handle = TensorHandle(np.swapaxes(self.handle.data, -1, -2), self.handle.dtype)
+    return tl.core.tensor(handle, tl.core.block_type(self.dtype, [*batch, cols, rows]))
+
+
+def _patch_lang_tensor_rightly(tensor, *scope):
+    """What Triton calls before each kernel, to let its tensors hold NumPy's arrays."""
+    _patch_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+    tensor.T = property(_transposed)
+
+
 def install() -> None:
     """Corrects the interpreter of this process."""
+    interpreter._patch_lang_tensor = _patch_lang_tensor_rightly
     InterpreterBuilder.create_dot = _create_dot
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_inline_asm = _create_inline_asm

@@ -17,6 +17,9 @@ from torch import Tensor
 from clipfast import tuning
 from clipfast.kernels import layer_norm, library
 
+# since Triton 3.4; 3.3 has them under a name that says experimental, and of another form
+HAS_DESCRIPTORS = hasattr(tl, "make_tensor_descriptor")
+
 
 @triton.jit
 def _activate(h, ACTIVATION: tl.constexpr, FAST_TANH: tl.constexpr):
@@ -287,7 +290,7 @@ def linear_fwd(
 
 def _describable(x: Tensor) -> bool:
     """A tensor descriptor wants 16-byte aligned rows."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return HAS_DESCRIPTORS and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import triton.language as tl
 
 from clipfast import reference, tuning
 from clipfast.kernels import library
@@ -36,6 +37,8 @@ def operands(rows, n_cols, n_terms, dtype, device, *, activation=None, residual=
 
 
 def check(operands, activation, config=None, what=""):
+    if config is not None and config.persistent and not module.HAS_DESCRIPTORS:
+        pytest.skip("the persistent form needs Triton 3.4")
     x, weight, bias, residual = operands
     got = module.linear_fwd(x, weight, bias, residual, activation or "none", False, config)
     peer = PEERS["linear"](x, weight, bias, activation=activation, residual=residual)
@@ -190,3 +193,20 @@ def test_configurations_fit_the_shared_memory():
                 config = tuning.linear(rows, n, k, dtype, arch, described=described)
                 assert config.shared_memory(dtype.itemsize) <= tuning.SHARED_MEMORY[arch], (arch, rows, n, k, config)
                 assert config.persistent <= described
+
+
+def test_a_triton_without_descriptors_gets_the_tiles(device, monkeypatch):
+    """Triton 3.2 and 3.3, where the persistent form does not compile."""
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    chosen = []
+    tuned = tuning.linear
+
+    def keep(*arguments, **options):
+        chosen.append(tuned(*arguments, **options))
+        return chosen[-1]
+
+    monkeypatch.setattr(tuning, "linear", keep)
+    for there in (module.HAS_DESCRIPTORS, False):
+        monkeypatch.setattr(module, "HAS_DESCRIPTORS", there)
+        check(*operands(450, 96, 64, torch.bfloat16, device))
+    assert [config.persistent for config in chosen] == [hasattr(tl, "make_tensor_descriptor"), False]
