@@ -18,7 +18,7 @@ BENCH := $(VENV)/.stamp-bench
 peer = $(INSTALL) $(1) || { \
 	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }
 
-.PHONY: help demo test test-older-cpus lint bench readme gpu clean
+.PHONY: help demo test test-older-cpus test-versions lint bench readme gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,6 +40,9 @@ test-older-cpus: $(TEST) ## what depends on the CPU, held to AVX2 and to plain C
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 CLIPFAST_CPU_INSTRUCTIONS=avx2 $(CPU_TESTS)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
 		CLIPFAST_CPU_INSTRUCTIONS=baseline $(CPU_TESTS)
+
+test-versions: ## a reduced set of tests on each PyTorch that is promised, oldest to newest   VERSIONS="2.6 newest"
+	$(PYTHON) -m tests.versions $(VERSIONS)
 
 lint: $(TEST) ## ruff and mypy
 	$(PY) -m ruff check .
