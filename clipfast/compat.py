@@ -66,6 +66,7 @@ PRIVATE = (
     Private("ops.aten._scaled_dot_product_flash_attention_for_cpu", "training", "PyTorch's own gradients"),
     Private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "training", "PyTorch's own gradients"),
     Private("cpu._is_amx_tile_supported", "which bfloat16 product is faster?", "a CPU counts as one without AMX"),
+    Private("cpu._is_avx512_bf16_supported", "is bfloat16 emulated?", "a CPU counts as one without AVX512_BF16"),
     Private("cuda._sleep", "holds a GPU while what is timed is enqueued", "timings of a GPU hold the launch's way"),
 )
 # Names that are not looked up, but set on objects of ours for PyTorch to find.
@@ -183,6 +184,10 @@ def onednn_has_bfloat16() -> bool:
 
 def cpu_has_amx() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def cpu_has_avx512_bf16() -> bool:
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def hold_gpu(cycles: int) -> None:

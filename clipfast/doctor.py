@@ -11,6 +11,7 @@ from importlib import metadata
 import torch
 
 from clipfast import compat
+from clipfast.cpu import bfloat16_is_emulated
 from clipfast.dispatch import Explanation, explain
 from clipfast.kernels import cpu_library
 
@@ -96,6 +97,7 @@ def _machine() -> str:
         ("CPU", torch.backends.cpu.get_cpu_capability()),
         ("CPU library", "not in use, see below" if cpu_library.missing() else f"runs as {cpu_library.best()}{held}"),
         ("threads", f"{torch.get_num_threads()} on {os.cpu_count()} cores"),
+        ("bfloat16", bfloat16_is_emulated() or "the CPU multiplies it"),
         ("float32", f"matrix products at precision {torch.get_float32_matmul_precision()!r}"),
     ]
     if torch.cuda.is_available():

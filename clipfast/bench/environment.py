@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 import clipfast
 from clipfast.bench.harness import Row
+from clipfast.cpu import bfloat16_is_emulated
 
 ENVIRONMENT = ("date", "clipfast", "commit", "python", "torch", "cpu", "capability", "threads", "load")
 
@@ -38,6 +40,12 @@ def warn_if_busy(facts: Row) -> None:
     """Say so on stderr if something else is running: two thread pools on one core wait for each other."""
     if facts["load"] != "" and facts["load"] > 0.5:
         print(f"warning: load average {facts['load']:g} before the start; time on a quiet machine", file=sys.stderr)
+
+
+def warn_if_emulated(device: torch.device, dtypes: Iterable[str]) -> None:
+    """Say so on stderr if bfloat16 is to be timed on a CPU that only emulates it."""
+    if device.type == "cpu" and "bfloat16" in dtypes and (reason := bfloat16_is_emulated()):
+        print(f"warning: {reason}", file=sys.stderr)
 
 
 def _cpu() -> str:

@@ -62,6 +62,7 @@ class Run:
         self.facts = environment.environment()
         self.facts["device"] = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         environment.warn_if_busy(self.facts)
+        environment.warn_if_emulated(self.device, options.dtypes)
         self.groups = [
             Group(model, dtype, tower, batch, str(options.captions) if tower != "image" else "")
             for model in options.models

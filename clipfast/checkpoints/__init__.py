@@ -89,6 +89,7 @@ def load(
     dtype:         torch.float32, float16 or bfloat16, or such a name ("fp16", "bf16", ...). Half precision
                    means the weights of convolutions, linear layers and projections; the rest stays float32.
                    Default: float32 on a CPU (a float32 file keeps its precision), float16 elsewhere.
+                   A CPU that only emulates bfloat16 is named in a warning, once.
     activation:    "quick_gelu" or "gelu", for checkpoints that do not say.
     Returns:       (model in eval mode with gradients enabled, preprocess).
     Raises:        RuntimeError on an unknown name or failed download; CheckpointError (a RuntimeError) on a
@@ -106,6 +107,7 @@ def load(
         )
     # what openai/CLIP looks up there, programs replace there
     from .. import clip
+    from ..cpu import warn_of_emulation
     from ..model import convert_weights
 
     if name in MODELS:
@@ -126,6 +128,8 @@ def load(
         model.float()
     else:
         convert_weights(model, *([] if dtype == torch.float16 else [dtype]))
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        warn_of_emulation()
     resolution: Any = model.visual.input_resolution
     return model.to(device).eval(), clip._transform(resolution)
 

@@ -43,6 +43,7 @@ def run(options: argparse.Namespace, written: list[Path] | None = None) -> int:
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
     environment.warn_if_busy(facts)
+    environment.warn_if_emulated(device, [options.dtype])
     options.out.mkdir(parents=True, exist_ok=True)
     ceiling = ceilings.measure(device, dict.fromkeys(("float32", options.dtype)), quick=options.quick)
     print(tables.ceilings(ceiling))

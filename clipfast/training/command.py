@@ -16,6 +16,7 @@ import torch
 
 from clipfast.checkpoints import load
 from clipfast.commands import CommandError, atomic, pick_device, read_lines
+from clipfast.cpu import bfloat16_is_emulated
 from clipfast.model import CLIP, ModifiedResNet, architecture
 from clipfast.training.architectures import make_model
 from clipfast.training.data import BadSample, BatchOrder, PairDataset, RandomResizedCrop
@@ -75,6 +76,8 @@ def _make_trainer(args: argparse.Namespace, group: Processes) -> Trainer:
     batch, share = args.batch_size, args.batch_size // group.world
     order = BatchOrder(len(samples), batch, args.steps or 0, args.seed, rank=group.rank, world=group.world)
     order.steps = args.steps or args.epochs * order.steps_per_epoch
+    if args.precision == "amp_bf16" and group.first and group.device.type == "cpu" and bfloat16_is_emulated():
+        print(f"   {bfloat16_is_emulated()}")
     if isinstance(model.visual, ModifiedResNet) and group.first and (args.micro_batch or share) < batch:
         print("   BatchNorm sees the pairs that one process holds at once, not the whole batch")
     dataset = PairDataset(
