@@ -5,26 +5,24 @@ A file that cannot be used is named on stderr and left out; the others are done,
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clipfast.checkpoints import available_models, load
+from clipfast.files import check_file, size_of, write_atomically
 from clipfast.ops import logits
 from clipfast.tokenizer import tokenize
 
-__all__ = ["CommandError", "Source", "atomic", "classify", "encode", "models", "pick_device", "read_lines"]
+__all__ = ["CommandError", "Source", "classify", "encode", "models", "pick_device", "read_lines"]
 
 
 class CommandError(Exception):
@@ -102,11 +100,10 @@ def encode(
     belongs to path or text i, in the order given, without those left out. It appears whole or not at all.
     written: `out` is added to it once it is there.
     Returns: 0, or 1 if an image could not be read or a text was too long.
-    Raises:  CommandError if nothing is left to write, or what `load` raises.
+    Raises:  OSError, before the work, if `out` cannot be written; CommandError if nothing is left to write; what `load`
+             raises.
     """
-    if out.is_dir() or not out.parent.is_dir():
-        reason = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise CommandError(f"{out} cannot be written: {reason}")
+    check_file(out)
     texts = [] if text is None else read_lines(text)
     encoder = _Encoder(source)
     text_rows, too_long = encoder.texts(texts, truncate)
@@ -123,9 +120,9 @@ def encode(
     tables = {"image_embeddings": torch.cat(image_rows), "text_embeddings": text_rows}
     if normalize:
         tables = {name: torch.nn.functional.normalize(table, dim=-1) for name, table in tables.items()}
-    with atomic(out) as file:
-        arrays = {name: table.numpy() for name, table in tables.items()}
-        np.savez(file, image_paths=np.array(paths, dtype=str), texts=np.array(texts, dtype=str), **arrays)
+    arrays = {name: table.numpy() for name, table in tables.items()}
+    arrays |= {"image_paths": np.array(paths, dtype=str), "texts": np.array(texts, dtype=str)}
+    write_atomically(out, lambda file: np.savez(file, **arrays), size_of(arrays))
     if written is not None:
         written.append(out)
     left_out = len(images) - len(paths) + len(too_long)
@@ -216,20 +213,6 @@ def read_lines(path: Path) -> list[str]:
     if not lines:
         raise CommandError(f"{path} has no line of text")
     return lines
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` when the block ends well, and leaves nothing behind when it does not."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _complain(message: str) -> None:

@@ -407,7 +407,7 @@ def test_wrong_usage_is_status_2(arguments, text, capsys):
         (["classify", "chelsea.png", "--labels-file", "rocket.jpg"], "rocket.jpg is not UTF-8 text"),
         (["classify", "chelsea.png", "--labels-file", "empty.png"], "empty.png has no line of text"),
         (["encode", "chelsea.png", "--out", "none/x.npz"], "there is no folder none"),
-        (["encode", "chelsea.png", "--out", "."], ". cannot be written: it is a folder"),
+        (["encode", "chelsea.png", "--out", "."], ".: cannot be written: it is a folder"),
         (["demo", "--out", "text.png"], "text.png: File exists"),
     ],
 )

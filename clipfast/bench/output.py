@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from clipfast.bench.harness import Row
+from clipfast.files import write_bytes
 
 
 def write_csv(path: Path | None, columns: Sequence[str], rows: Iterable[Row]) -> None:
@@ -17,12 +18,11 @@ def write_csv(path: Path | None, columns: Sequence[str], rows: Iterable[Row]) ->
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="raise", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="raise", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
 
 
 def print_table(

@@ -12,6 +12,7 @@ from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import peers
 from clipfast.bench.ceilings import COPY
 from clipfast.bench.harness import Row
+from clipfast.files import write_picture
 
 # the same contestant has the same colour in every picture
 _COLOURS = (
@@ -50,7 +51,7 @@ def draw(rows: Sequence[Row], ceilings: Mapping[str, float], stem: Path) -> list
     for name, figure in pictures.items():
         for kind in ("png", "svg"):
             path = stem.with_name(f"{stem.name}-{name}.{kind}")
-            figure.savefig(path, dpi=110, metadata={"Date": None} if kind == "svg" else None)
+            write_picture(figure, path, dpi=110, metadata={"Date": None} if kind == "svg" else None)
             written.append(path)
     return written
 

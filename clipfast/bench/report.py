@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from clipfast.bench import peers
 from clipfast.bench.harness import Row
+from clipfast.files import write_bytes
 
 BEGIN, END = "<!-- results: made by `make readme`, do not edit -->", "<!-- results: end -->"
 NEEDED = {"model", "tower", "dtype", "batch", "contestant", "median_s", "samples_per_s"}
@@ -291,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.check:
         print("the README is what the results give" if new == old else "the README differs: run `make readme`")
         return int(new != old)
-    options.readme.write_text(new)
+    write_bytes(options.readme, new.encode())
     return 0
 
 

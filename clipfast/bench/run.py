@@ -21,6 +21,7 @@ from clipfast.bench.budget import Budget
 from clipfast.bench.exact import Exact
 from clipfast.bench.harness import Row, significant
 from clipfast.bench.plan import Group
+from clipfast.files import check_folder, write_bytes
 
 COLUMNS = (
     *(*environment.ENVIRONMENT, "device", "mhz", "model", "tower", "dtype", "batch", "captions", "mean_length"),
@@ -78,7 +79,7 @@ class Run:
         """The CSV, empty: a folder that cannot be written to must fail now, not after the measurements."""
         kind = environment.slug(self.facts["device"])
         stem = self.options.name or f"{kind}-{self.facts['date']}"
-        self.options.out.mkdir(parents=True, exist_ok=True)
+        check_folder(self.options.out)
         path = environment.free_name(self.options.out, stem)
         output.write_csv(path, COLUMNS, [])
         self.written.append(path)
@@ -355,7 +356,7 @@ class Run:
             "rows": self.rows,
         }
         path = self.path.with_suffix(".json")
-        path.write_text(json.dumps(whole, indent=1) + "\n")
+        write_bytes(path, (json.dumps(whole, indent=1) + "\n").encode())
         self.written.append(path)
 
     def _plots(self) -> None:

@@ -10,7 +10,6 @@ config file is read when it lies beside them, and otherwise the caller is asked.
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 import warnings
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import check_file, size_of, write_atomically
 from . import archive, layouts
 from .archive import CheckpointError
 from .download import MODELS, available_models, download
@@ -42,7 +42,6 @@ __all__ = [
     "read_checkpoint",
     "save",
     "to_huggingface",
-    "write_atomically",
 ]
 
 StateDict = Mapping[str, torch.Tensor]
@@ -232,7 +231,8 @@ def save(
     model:      a CLIP, a `Checkpoint`, or a state dict in any layout that `read_checkpoint` knows.
     format:     "pt" or "safetensors"; default by the suffix of the path (.pt, .pth, .bin or .safetensors).
     activation: needed for a bare state dict that does not say, and only there.
-    Raises:     ValueError on an unknown format, or an activation that is missing, unknown or contradicted.
+    Raises:     ValueError on an unknown format, or an activation that is missing, unknown or contradicted; OSError,
+                before the work, if the file cannot be written, and naming it if the disk is full.
 
     A QuickGELU .pt file is a bare state dict, which openai/CLIP loads too; the activation is noted in its
     `_metadata`. openai/CLIP cannot compute GELU and would not notice, so a GELU .pt file is
@@ -245,19 +245,20 @@ def save(
             raise ValueError(f'{path} has a suffix that names no format: use .pt or .safetensors, or format="pt"')
     if format not in ("pt", "safetensors"):
         raise ValueError(f'format must be "pt" or "safetensors", got {format!r}')
+    check_file(path)
     weights, activation = _weights_to_save(model, activation)
     record = {"activation": activation, "version": _version()}
     if format == "safetensors":
         library = archive.require_safetensors(path)
         metadata = {"format": "pt", **{f"clipfast_{key}": value for key, value in record.items()}}
-        write_atomically(path, lambda temporary: library.torch.save_file(weights, temporary, metadata))
+        write_atomically(path, lambda file: library.torch.save_file(weights, file.name, metadata), size_of(weights))
         return
     values: Any = {"state_dict": weights, "clipfast": record}
     if activation == "quick_gelu":
         # load_state_dict looks up each module's entry and ignores what it does not know
         values = weights
         values._metadata = OrderedDict({"": {"activation": activation, "clipfast": _version()}})
-    write_atomically(path, lambda temporary: torch.save(values, temporary))
+    write_atomically(path, lambda file: torch.save(values, file), size_of(weights))
 
 
 def _weights_to_save(
@@ -291,25 +292,6 @@ def _activation_of(model: torch.nn.Module) -> str | None:
     kinds = {f"{type(module).__name__}({getattr(module, 'approximate', '')})" for module in modules}
     known = {"QuickGELU()": "quick_gelu", "GELU(none)": "gelu"}
     return known.get(kinds.pop()) if len(kinds) == 1 else None
-
-
-def write_atomically(path: Path, write: Callable[[str], None]) -> None:
-    """Let write(name of a new file) fill what becomes `path`, on the disk, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        write(str(temporary))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        # the new name is on the disk only when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _version() -> str:

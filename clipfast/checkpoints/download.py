@@ -18,8 +18,10 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..files import naming_full_disk, write_all
 from .archive import explain_impostor
 
 try:
@@ -124,8 +126,10 @@ class _Part:
         file.seek(0)
         self.digest, self.size = _sha256(file)
 
-    def append(self, chunk: bytes) -> None:
-        self._file.write(chunk)
+    def append(self, chunk: bytes, left: int) -> None:
+        """left: bytes that the file wants from here on, told if the disk is full."""
+        with naming_full_disk(Path(self.name), left):
+            write_all(self._file, chunk)
         self.digest.update(chunk)
         self.size += len(chunk)
 
@@ -165,7 +169,7 @@ def _open_part(target: str) -> Iterator[_Part]:
     # no lock, so no sharing: a name of its own, gone at the end
     name = f"{target}.{os.getpid()}-{threading.get_ident()}.part"
     try:
-        with open(name, "wb+") as file:
+        with open(name, "wb+", buffering=0) as file:
             yield _Part(file, locked=False)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -175,7 +179,8 @@ def _open_part(target: str) -> Iterator[_Part]:
 def _lock(name: str) -> BinaryIO | None:
     """Open a file under an exclusive lock, waiting for it; None where the system or the disk has no locks."""
     while fcntl is not None:
-        file = open(name, "ab+")  # noqa: SIM115  (the caller closes it)
+        # unbuffered, for a buffer that a full disk has no room for makes closing fail; the caller closes it
+        file = open(name, "ab+", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
@@ -248,7 +253,7 @@ def _receive(url: str, part: _Part, show: Callable[[int, int | None], object]) -
                 return f"the connection broke after {part.size} of {total or 'unknown'} bytes ({error})"
             if not chunk:
                 break
-            part.append(chunk)
+            part.append(chunk, len(chunk) if total is None else total - part.size)
             show(part.size, total)
     if total is not None and part.size < total:
         return f"the connection closed after {part.size} of {total} bytes"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from clipfast.checkpoints import load, save
-from clipfast.commands import CommandError, atomic, pick_device
+from clipfast.commands import CommandError, pick_device
 from clipfast.demo import digits as d
 from clipfast.demo.photographs import OURS, Comparison, compare
+from clipfast.files import check_file, check_folder, write_bytes
 from clipfast.model import CLIP
 
 __all__ = ["run"]
@@ -44,14 +44,14 @@ def run(
     quick:   a lower bar for accuracy (75 % instead of 95 %) and no timing.
     written: each file is added once it is there.
     Returns: 0, or 1 if accuracy is below the bar or a result strays from the float64 reference.
-    Raises:  CommandError if a library is missing or `out` cannot be made.
+    Raises:  CommandError if a library is missing, OSError if `out` cannot be written to.
     """
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise CommandError(f"the demo needs {', '.join(missing)}: pip install 'clipfast[demo]'")
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise CommandError(f"{out} cannot be written to")
+    check_folder(out)
+    for name in (MODEL, PICTURE, FIGURES):
+        check_file(out / name)
     written = [] if written is None else written
     steps, bar = steps or (QUICK_STEPS if quick else STEPS), QUICK_ACCURACY if quick else ACCURACY
     on = pick_device(device)
@@ -177,8 +177,7 @@ def _write(
 ) -> None:
     from clipfast.demo import picture
 
-    with atomic(out / FIGURES) as stream:
-        stream.write(json.dumps(figures, indent=2).encode())
+    write_bytes(out / FIGURES, json.dumps(figures, indent=2).encode())
     written.append(out / FIGURES)
     learned = f"{len(digits.train):,} real digits to learn from, {len(digits.test)} to test on"
     told = f"{100 * reading.accuracy:.1f} % right, named by captions that training never used"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clipfast.commands import atomic
 from clipfast.demo import digits as digits_demo
 from clipfast.demo.digits import Digits, Reading
 from clipfast.demo.photographs import OURS, Comparison
+from clipfast.files import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +44,7 @@ def draw(
         _loss(figure, losses, width=0.2 if comparison else 0.612)
         if comparison is not None:
             _speed(figure, comparison)
-        with atomic(path) as file:
-            figure.savefig(file, format="png", dpi=110)
+        write_picture(figure, path, dpi=110)
 
 
 def _heading(figure: Figure, left: float, bottom: float, title: str, note: str) -> None:

@@ -18,6 +18,7 @@ from clipfast.bench.command import captions_of
 from clipfast.bench.harness import Row, significant
 from clipfast.bench.peers import ours
 from clipfast.commands import CommandError, pick_device
+from clipfast.files import check_file, check_folder, write_bytes
 from clipfast.profiling import measure, steps
 
 COLUMNS = (
@@ -44,7 +45,6 @@ def run(options: argparse.Namespace, written: list[Path] | None = None) -> int:
         facts["device"] = torch.cuda.get_device_name(device)
     environment.warn_if_busy(facts)
     environment.warn_if_emulated(device, [options.dtype])
-    options.out.mkdir(parents=True, exist_ok=True)
     ceiling = ceilings.measure(device, dict.fromkeys(("float32", options.dtype)), quick=options.quick)
     print(tables.ceilings(ceiling))
     model, step, notes = _step(options, device)
@@ -64,8 +64,9 @@ def _check(options: argparse.Namespace) -> None:
         fail(f"--model: expected one of {', '.join(ARCHITECTURES)}, got {options.model!r}")
     if min(options.batch, options.passes) < 1 or (options.threads is not None and options.threads < 1):
         fail("--batch, --passes and --threads must be at least 1")
-    if options.trace is not None and not options.trace.parent.is_dir():
-        fail(f"--trace: there is no folder {options.trace.parent}")
+    check_folder(options.out)
+    if options.trace is not None:
+        check_file(options.trace)
 
 
 def _step(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Callable[[], Any], list[str]]:
@@ -154,7 +155,7 @@ def _write(
         "bottleneck": measure.bottleneck(rows["operator"], options.what),
         **rows,
     }
-    path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+    write_bytes(path.with_suffix(".json"), (json.dumps(whole, indent=1) + "\n").encode())
     written += [path, path.with_suffix(".json")]
     try:
         from clipfast.profiling import picture

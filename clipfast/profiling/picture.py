@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipfast.bench.harness import Row
+from clipfast.files import write_picture
 from clipfast.profiling.measure import Profile
 
 
@@ -42,6 +43,6 @@ def draw(found: Profile, rows: Sequence[Row], stem: Path) -> list[Path]:
     layers.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    figure.savefig(paths[0], dpi=110)
-    figure.savefig(paths[1], metadata={"Date": None})
+    write_picture(figure, paths[0], dpi=110)
+    write_picture(figure, paths[1], metadata={"Date": None})
     return paths

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipfast.checkpoints import CheckpointError, write_atomically
+from clipfast.checkpoints import CheckpointError
 from clipfast.checkpoints.archive import read_file
 from clipfast.commands import CommandError
+from clipfast.files import size_of, write_atomically
 
 __all__ = ["checkpoint_path", "latest_checkpoint", "rng_state", "save_checkpoint", "set_rng_state"]
 
@@ -28,7 +29,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
     state: tensors, numbers, strings, and dicts, lists and tuples of them.
     """
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_atomically(path, lambda file: torch.save(state, file), size_of(state))
     for old in _found(path.parent)[:-keep]:
         old.unlink()
 

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from clipfast.checkpoints import load
-from clipfast.commands import CommandError, atomic, pick_device, read_lines
+from clipfast.commands import CommandError, pick_device, read_lines
 from clipfast.cpu import bfloat16_is_emulated
+from clipfast.files import check_file, check_folder, write_bytes
 from clipfast.model import CLIP, ModifiedResNet, architecture
 from clipfast.training.architectures import make_model
 from clipfast.training.data import BadSample, BatchOrder, PairDataset, RandomResizedCrop
 from clipfast.training.evaluation import Evaluator, class_names, retrieval, zero_shot
 from clipfast.training.optimization import Recipe
 from clipfast.training.processes import Processes, processes
-from clipfast.training.run import Run, prepare_folder
+from clipfast.training.run import Run
 from clipfast.training.samples import TEMPLATES, DataSource, find_samples
 from clipfast.training.trainer import Trainer, autocast_for
 
@@ -46,7 +47,7 @@ def train(args: argparse.Namespace, written: list[Path]) -> int:
 
 
 def _train(args: argparse.Namespace, group: Processes, written: list[Path]) -> None:
-    prepare_folder(args.out)
+    check_folder(args.out)
     trainer = _make_trainer(args, group)
     run = Run(
         args.out,
@@ -195,6 +196,8 @@ def evaluate(args: argparse.Namespace, written: list[Path]) -> int:
 
     Raises: CommandError if nothing is asked for or nothing can be read; what `load` raises.
     """
+    if args.out is not None:
+        check_file(args.out)
     tasks = _tasks(args, args.format)
     if not tasks:
         args.parser.error("give --zero-shot, --retrieval, or both")
@@ -208,8 +211,7 @@ def evaluate(args: argparse.Namespace, written: list[Path]) -> int:
         print(f"clipfast: skipped: {sample.reason}", file=sys.stderr)
     text = json.dumps(result, indent=2)
     if args.out is not None:
-        with atomic(args.out) as file:
-            file.write(text.encode())
+        write_bytes(args.out, text.encode())
         written.append(args.out)
     print(text if args.json else _table(result, tasks))
     return 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clipfast.commands import atomic
+from clipfast import files
 from clipfast.training.data import BadSample
 
 __all__ = ["BadSamplesFile", "MetricsFile", "Progress", "draw_curves", "progress"]
@@ -30,8 +30,7 @@ class MetricsFile:
         """Drop what later steps wrote, if a step is given, and a line that was not finished."""
         if self.path.exists():
             kept = [line for line in self.read() if step is None or line["step"] <= step]
-            with atomic(self.path) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            files.write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def read(self) -> list[Line]:
         """All whole lines."""
@@ -43,8 +42,7 @@ class MetricsFile:
         return lines
 
     def write(self, line: Line) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        files.append(self.path, (json.dumps(line) + "\n").encode())
 
     def flush(self) -> None:
         """Onto the disk."""
@@ -127,6 +125,5 @@ def draw_curves(lines: list[Line], path: Path) -> bool:
         panels[1].legend(fontsize=8)
     for panel in panels:
         panel.grid(alpha=0.3)
-    with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    files.write_picture(figure, path, dpi=110)
     return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from clipfast.training.metrics import BadSamplesFile, MetricsFile, draw_curves, 
 from clipfast.training.processes import Processes
 from clipfast.training.trainer import Stopped, Trainer
 
-__all__ = ["Run", "prepare_folder"]
+__all__ = ["Run"]
 
 CHECKPOINTS, METRICS, BAD, CURVES, MODEL = "checkpoints", "metrics.jsonl", "bad_samples.jsonl", "curves.png", "model.pt"
 
@@ -153,13 +152,3 @@ class Run:
     def _say(self, text: str) -> None:
         if self._group.first:
             print(f"   {text}", flush=True)
-
-
-def prepare_folder(out: Path) -> None:
-    """Make `out`; CommandError if it cannot be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise CommandError(f"{out} is a file; --out is a folder") from error
-    if not os.access(out, os.W_OK):
-        raise CommandError(f"{out} cannot be written to")

@@ -23,7 +23,7 @@ from .runs import arguments
         (["--model", "{data}/ids.json"], "vocabulary has 50 ids, the tokenizer's 49408"),
         (["--init", "{data}/tiny.json"], "tiny.json is "),
         (["--data", "{data}/nothing"], "no data: {data}/nothing is not a folder"),
-        (["--out", "{data}/tiny.json"], "tiny.json is a file; --out is a folder"),
+        (["--out", "{data}/tiny.json"], "tiny.json: is a file, and a folder is wanted"),
         (["--batch-size", "27"], "26 samples, fewer than one batch of 27"),
         (["--precision", "amp_fp16"], "amp_fp16 is for GPUs"),
         (["--zero-shot", "{data}/nothing"], "no data: {data}/nothing"),
