@@ -265,12 +265,13 @@ def test_address_without_a_digest(url, tmp_path):
 
 
 def test_full_disk_is_not_taken_for_a_network_failure(server, tmp_path, monkeypatch):
-    def full(self, chunk):
+    def full(file, chunk):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module._Part, "append", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(module, "write_all", full)
+    with pytest.raises(OSError, match=f"No space left on device: {len(BODY):,} bytes were wanted") as caught:
         download(server.url, tmp_path, progress=False)
+    assert caught.value.filename.startswith(str(tmp_path)) and caught.value.filename.endswith(".part")
     assert len(server.ranges) == 1
 
 

@@ -134,9 +134,13 @@ def test_encode_on_a_full_disk(full_disk, tmp_path, capsys, monkeypatch):
 def test_a_run_keeps_what_was_complete(full_disk, tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     line = {"step": 1, "text": "x" * 2000}
-    with pytest.raises(OSError, match="File too large: 2,0.. bytes were wanted") as caught:
+
+    def until_full():
         while True:
             metrics.write(line)
+
+    with pytest.raises(OSError, match="File too large: 2,0.. bytes were wanted") as caught:
+        until_full()
     assert caught.value.filename == str(metrics.path)
     content = metrics.path.read_bytes()
     assert content.endswith(b"\n") and metrics.read() == [line] * content.count(b"\n") and len(content) > LIMIT - 3000
