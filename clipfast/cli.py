@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for wrong usage
         return stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:
-        print(f"\nclipfast: interrupted; written: {', '.join(map(str, written)) or 'nothing'}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        why = f" ({stop})" if str(stop) else ""
+        print(f"\nclipfast: interrupted{why}; written: {', '.join(map(str, written)) or 'nothing'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # `clipfast models | head -1`: the reader has left. What is still buffered must not fail again at exit.

@@ -22,6 +22,7 @@ from clipfast.model import CLIP, ModifiedResNet, architecture
 from clipfast.training.architectures import make_model
 from clipfast.training.data import BadSample, BatchOrder, PairDataset, RandomResizedCrop
 from clipfast.training.evaluation import Evaluator, class_names, retrieval, zero_shot
+from clipfast.training.lock import only_run_in
 from clipfast.training.optimization import Recipe
 from clipfast.training.processes import Processes, processes
 from clipfast.training.run import Run
@@ -48,6 +49,11 @@ def train(args: argparse.Namespace, written: list[Path]) -> int:
 
 def _train(args: argparse.Namespace, group: Processes, written: list[Path]) -> None:
     check_folder(args.out)
+    with only_run_in(args.out, group):
+        _train_in_folder(args, group, written)
+
+
+def _train_in_folder(args: argparse.Namespace, group: Processes, written: list[Path]) -> None:
     trainer = _make_trainer(args, group)
     run = Run(
         args.out,

@@ -25,16 +25,22 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """rank: ours, of `world`.   device: where this process computes."""
+    """rank: ours, of `world`.   device: where this process computes.   launcher: id of the torchrun that started it."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
+    launcher: int | None = None
 
     @property
     def first(self) -> bool:
         """True in the one process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """True once the launcher has ended and left this process behind, as it does when it is killed."""
+        return self.launcher is not None and os.getppid() != self.launcher
 
     def mean(self, values: Tensor) -> Tensor:
         """Of every process's tensor."""
@@ -66,8 +72,9 @@ def processes(device: str | None) -> Iterator[Processes]:
     Raises: CommandError if the device is not there.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = os.getppid() if distributed.is_torchelastic_launched() else None
     if world == 1:
-        yield Processes(pick_device(device))
+        yield Processes(pick_device(device), launcher=launcher)
         return
     if device is not None and ":" in device:
         raise CommandError(f"device {device!r} is one, but torchrun started {world} processes: give cpu or cuda")
@@ -80,7 +87,7 @@ def processes(device: str | None) -> Iterator[Processes]:
     importlib.import_module("torch.distributed.nn")
     distributed.init_process_group("nccl" if on.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield Processes(on, distributed.get_rank(), world)
+        yield Processes(on, distributed.get_rank(), world, launcher)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise

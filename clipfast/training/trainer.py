@@ -30,7 +30,7 @@ AfterStep = Callable[[dict[str, Any], list[BadSample]], None]
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, in one process or several: all have finished the same step and started no other."""
+    """Ctrl-C, SIGTERM or a launcher that is gone: all processes have finished the same step and started no other."""
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
@@ -111,8 +111,8 @@ class Trainer:
     def run(self, after_step: AfterStep) -> None:
         """All steps that are left.
 
-        Raises: Stopped after a step, on Ctrl-C or SIGTERM (a second one interrupts at once); CommandError if the loss
-                is not finite or the data cannot be read.
+        Raises: Stopped after a step, on Ctrl-C or SIGTERM (a second one interrupts at once), or when torchrun has left
+                this process behind; CommandError if the loss is not finite or the data cannot be read.
         """
         self.model.train()
         self.order.start = self.step
@@ -123,13 +123,13 @@ class Trainer:
                 started = time.perf_counter()
                 batch = _next(batches)
                 waited = time.perf_counter() - started
-                metrics, stopped = self._one_step(batch, stop.is_set())
+                metrics, stopped = self._one_step(batch, stop.is_set() or self.group.orphaned)
                 seconds = time.perf_counter() - started
                 metrics["samples_per_second"] = round(self.order.batch / seconds, 3)
                 metrics["data_wait"] = round(waited / seconds, 4)
                 after_step(metrics, batch.bad)
                 if stopped:
-                    raise Stopped
+                    raise Stopped("torchrun is gone" if self.group.orphaned else "")
 
     def _one_step(self, batch: Batch, stop: bool) -> tuple[dict[str, Any], bool]:
         """Metrics, and whether any process is asked to stop."""
