@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,10 @@ class Evaluator:
 
     @torch.no_grad()
     def images(self, samples: Samples, numbers: Sequence[int]) -> tuple[Tensor, np.ndarray]:
-        """Embeddings [n, E] float32 on the model's device, of length 1, and which of numbers they are of."""
+        """Embeddings [n, E] float32 on the model's device, of length 1, and which of numbers they are of.
+
+        Images of equal pixels are encoded once: in two places of a batch their last bits could differ.
+        """
         preprocess = Preprocess(pair(self.model.visual.input_resolution)[0], output="uint8")
         loader = DataLoader(
             _Images(samples, numbers, preprocess),
@@ -56,19 +60,30 @@ class Evaluator:
             worker_init_fn=leave_the_group,
         )
         rows, read = [torch.empty(0, self.model.visual.output_dim, device=self._device)], []
+        first: dict[bytes, int] = {}  # digest of the pixels -> row
+        place: list[int] = []
         for items in loader:
-            good = [(number, image) for number, image in items if isinstance(image, Tensor)]
             self.bad.extend(image for _, image in items if isinstance(image, BadSample))
-            read += [number for number, _ in good]
-            if good:
-                rows.append(self._encode(self.model.encode_image, torch.stack([image for _, image in good])))
-        return torch.cat(rows), np.array(read, dtype=np.int64)
+            fresh = []
+            for number, image in items:
+                if isinstance(image, Tensor):
+                    digest = hashlib.blake2b(image.numpy()).digest()
+                    if digest not in first:
+                        first[digest] = len(first)
+                        fresh.append(image)
+                    read.append(number)
+                    place.append(first[digest])
+            if fresh:
+                rows.append(self._encode(self.model.encode_image, torch.stack(fresh)))
+        return torch.cat(rows)[place], np.array(read, dtype=np.int64)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings [n, E] as of images; a text that is too long is cut."""
-        parts = tokenize(list(texts), self.model.context_length, truncate=True).split(self.batch)
-        return torch.cat([self._encode(self.model.encode_text, part) for part in parts])
+        tokens = tokenize(list(texts), self.model.context_length, truncate=True)
+        distinct, place = tokens.unique(dim=0, return_inverse=True)
+        rows = torch.cat([self._encode(self.model.encode_text, part) for part in distinct.split(self.batch)])
+        return rows[place.to(rows.device)]
 
     @property
     def _device(self) -> torch.device:
@@ -216,12 +231,16 @@ def hit_rates(
 
     queries: [Q, E], keys: [K, E], of length 1; a key is a query's own if their groups ([Q], [K]) are equal.
     Keys that are as similar as the own one come in random order, and what counts is the expectation: a model that gives
-    every input the same embedding is as good as chance. Similarities are computed CELLS at a time.
+    every input the same embedding is as good as chance. Equal keys are as similar to the bit: each is multiplied once,
+    since a product's last bits depend on the column. Similarities are computed CELLS at a time.
     """
+    distinct, place = keys.unique(dim=0, return_inverse=True)
+    if len(distinct) == len(keys):
+        distinct, place = keys, slice(None)
     rows = max(1, CELLS // max(1, len(keys)))
     hits = dict.fromkeys(cutoffs, 0.0)
     for part, groups in zip(queries.split(rows), query_groups.split(rows), strict=True):
-        similarity, own = part @ keys.T, groups[:, None] == key_groups
+        similarity, own = (part @ distinct.T)[:, place], groups[:, None] == key_groups
         best = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
         above = ((similarity > best) & ~own).sum(dim=1).double()
         level = ((similarity == best) & ~own).sum(dim=1).double()

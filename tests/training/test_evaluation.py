@@ -125,6 +125,41 @@ def test_ties_count_as_chance():
     assert hit_rates(query, keys, torch.tensor([7]), groups, (1,)) == {1: 1.0}
 
 
+def test_equal_captions_and_equal_images_are_ties(model, tmp_path, monkeypatch):
+    """Whatever batch and tile they fall into: the last ones here are alone in theirs."""
+    captions = ["dark red", "dark blue", "dark red", "dark red", "Dark  red"]
+    for i in range(5):
+        make_image(i % 3 // 2).save(tmp_path / f"{i}.png")
+    table = tmp_path / "pairs.csv"
+    table.write_text("path,caption\n" + "".join(f"{i}.png,{text}\n" for i, text in enumerate(captions)))
+    samples = find_samples(DataSource([str(table)]))
+    encoded = []
+    for name in ("encode_image", "encode_text"):
+        encode = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda x, encode=encode: encoded.append(len(x)) or encode(x))
+    evaluator = Evaluator(model, batch=2)
+    texts, (images, read) = evaluator.texts(captions), evaluator.images(samples, range(5))
+    assert encoded == [2, 1, 1] and read.tolist() == [*range(5)]
+    for rows, first in ((texts, [0, 1, 0, 0, 0]), (images, [0, 0, 2, 0, 0])):
+        assert torch.equal(rows, rows[first]) and len(rows.unique(dim=0)) == 2
+
+    # of four captions that are level one is the image's own
+    monkeypatch.setattr(evaluation, "CELLS", 1)
+    found = retrieval(evaluator, samples)
+    level = hit_rates(images.double(), texts.double(), torch.arange(5), torch.arange(5), (1,))[1]
+    assert found["image_to_text_recall@1"] == pytest.approx(level, abs=1e-12)
+
+
+@pytest.mark.parametrize("width", [37, 64, 100])
+@pytest.mark.parametrize("cells", [1, 1 << 24])
+def test_equal_keys_are_level_in_every_tile(monkeypatch, width, cells):
+    monkeypatch.setattr(evaluation, "CELLS", cells)
+    for count in (2, 7, 15, 17, 33, 97):
+        keys = torch.randn(1, width).repeat(count, 1)
+        found = hit_rates(torch.randn(5, width), keys, torch.arange(5) % count, torch.arange(count), (1,))
+        assert found[1] == pytest.approx(1 / count, abs=1e-12)
+
+
 def test_classes_come_from_folders_captions_or_a_file(tmp_path):
     data, file = write_classes(tmp_path / "data", 6), tmp_path / "classes.txt"
     samples = find_samples(DataSource([str(data)]))
