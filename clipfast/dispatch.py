@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -428,6 +429,18 @@ class Explanation(list[tuple[str, Call, str | None, Decision]]):
             for operator, call, forced, decision in self
         )
         return "\n".join(lines)
+
+
+def _in_forked_child() -> None:
+    # OpenMP's threads stay behind in a fork, and it waits for them for ever, in PyTorch's operators as in ours. One
+    # thread needs no other. Where nothing has run, there are none to wait for.
+    if any(call.device == "cpu" for *_, call in _decisions):
+        torch.set_num_threads(1)
+        cpu_library.stay_alone()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def explain(device: str | None = None, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> Explanation:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipfast.kernels import library
-from clipfast.kernels.cpu_library import DTYPES, AttentionArgs, form, pointer, run
+from clipfast.kernels.cpu_library import DTYPES, AttentionArgs, form, pointer, run, threads
 from clipfast.packing import Rows
 
 
@@ -31,7 +31,7 @@ def _attention_fwd(qkv: Tensor, offsets: Tensor, causal: bool, scale: float, ins
             width,
             DTYPES[qkv.dtype],
             causal,
-            torch.get_num_threads(),
+            threads(),
             form(instructions),
             scale,
         )

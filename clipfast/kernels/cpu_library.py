@@ -84,6 +84,20 @@ def form(instructions: str) -> int:
     return INSTRUCTIONS[best() if instructions == "best" else instructions]
 
 
+_forked = False
+
+
+def stay_alone() -> None:
+    """From now on one thread, in a process that was forked from one that had more: it has none of theirs."""
+    global _forked
+    _forked = True
+
+
+def threads() -> int:
+    """How many an operator may use."""
+    return 1 if _forked else torch.get_num_threads()
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Of a contiguous tensor, which the caller keeps alive."""
     return None if tensor is None else tensor.data_ptr()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import eager, library
-from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LinearArgs, form, pointer, run
+from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LinearArgs, form, pointer, run, threads
 from clipfast.packing import Rows
 
 
@@ -37,7 +37,7 @@ def _linear_fwd(
         terms,
         DTYPES[x.dtype],
         ACTIVATIONS[activation],
-        torch.get_num_threads(),
+        threads(),
         form(instructions),
     )
     run("linear", args)
