@@ -31,6 +31,25 @@ def check_images(images: Tensor, weight: Tensor) -> None:
     check_same_device("image", images, weight)
 
 
+def check_places(
+    images: Tensor, places: int, positions: Tensor, resolution: int | tuple[int, int], stride: int
+) -> None:
+    """Raises ValueError naming the size wanted, if images [B, C, H, W] give another number of places than of positions.
+
+    places:     that images give, the class token among them.   positions: [that many, W]; they may have been
+                interpolated for another size, so that they decide and not the resolution the model was made for.
+    resolution: pixels.   stride: pixels from place to place.
+    """
+    # traced sizes are no numbers: a comparison would hold the graph to them
+    if not isinstance(places, int) or positions.ndim < 2 or positions.shape[-2] in (1, places):
+        return
+    height, width = pair(resolution)
+    wanted = f"{height} x {width} (model.visual.input_resolution; preprocess resizes)"
+    if (height // stride) * (width // stride) + 1 != positions.shape[-2]:
+        wanted = f"what gives {positions.shape[-2] - 1} places of {stride} x {stride} pixels, its positions' number"
+    raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}, but the model wants {wanted}")
+
+
 def refuse_nan_pixels(images: Tensor) -> None:
     """Raises ValueError naming the first image that holds NaN."""
     bad = images.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()

@@ -29,7 +29,16 @@ from torch.nn.modules.sparse import Embedding
 from torch.utils.checkpoint import checkpoint
 
 from clipfast import dispatch, graphs, ops, tuning
-from clipfast.inputs import check_images, check_same_device, check_text, mean_std, normalised, pair, refuse_nan_pixels
+from clipfast.inputs import (
+    check_images,
+    check_places,
+    check_same_device,
+    check_text,
+    mean_std,
+    normalised,
+    pair,
+    refuse_nan_pixels,
+)
 from clipfast.packing import PackedText, Rows, pack_text
 from clipfast.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from clipfast.watch import FUNCTIONS, as_made, looked_at, plain, still_as_made
@@ -303,7 +312,10 @@ class VisionTransformer(nn.Module):
         if isinstance(weight, Tensor):
             check_images(x, weight)
         if not (plain(x) and self._short_way()):
-            return self._long_way(x if weight is None else normalised(x, weight.dtype))
+            return self._long_way(x)
+        size = self.conv1.kernel_size[0]
+        places = (x.shape[2] // size) * (x.shape[3] // size) + 1
+        check_places(x, places, self.positional_embedding, self.input_resolution, size)
         mean, std = mean_std(x)
         x = ops.patch_embed(
             x,
@@ -356,9 +368,12 @@ class VisionTransformer(nn.Module):
         return [conv, self.ln_pre, self.ln_post, self.transformer]
 
     def _long_way(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)  # [*, width, grid, grid]
+        images, weight = x, getattr(self.conv1, "weight", None)
+        x = self.conv1(x if weight is None else normalised(x, weight.dtype))  # [*, width, grid, grid]
         x = x.flatten(2).transpose(1, 2)  # [*, grid ** 2, width]
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        if isinstance(weight, Tensor):
+            check_places(images, x.shape[1], self.positional_embedding, self.input_resolution, weight.shape[-1])
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
         x = self.transformer(x.transpose(0, 1)).transpose(0, 1)  # NLD -> LND -> NLD
         x = self.ln_post(x[:, 0])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast import dispatch, ops
-from clipfast.inputs import check_images, normalised, pair
+from clipfast.inputs import check_images, check_places, normalised, pair
 from clipfast.kernels.eager import padded
 from clipfast.packing import Rows
 from clipfast.watch import looked_at, plain
@@ -195,7 +195,7 @@ class ModifiedResNet(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = getattr(self.conv1, "weight", None)
+        images, weight = x, getattr(self.conv1, "weight", None)
         if isinstance(weight, Tensor):
             check_images(x, weight)
             x = normalised(x, weight.dtype)
@@ -206,4 +206,7 @@ class ModifiedResNet(nn.Module):
         x = self.relu3(self.bn3(self.conv3(x)))
         x = self.avgpool(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        if isinstance(self.attnpool, AttentionPool2d):
+            places = x.shape[2] * x.shape[3] + 1
+            check_places(images, places, self.attnpool.positional_embedding, self.input_resolution, 32)
         return self.attnpool(x)

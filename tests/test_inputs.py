@@ -8,6 +8,7 @@ from torch import nn
 
 import clipfast
 
+from . import tiny_clips
 from .clips import RESNET, VIT, make_images, make_pair, make_texts
 
 TOWERS = {"vit": VIT, "resnet": RESNET}
@@ -189,3 +190,23 @@ def test_a_model_with_a_part_taken_away_fails_by_name():
     del broken.text_projection
     with pytest.raises(AttributeError, match="text_projection"):
         broken.encode_text(TEXTS)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(("config", "size", "wanted"), [(tiny_clips.VIT, 64, 32), (tiny_clips.RESNET, 96, 64)])
+def test_images_of_another_size_are_told_the_right_one(config, size, wanted, hooked):
+    model = tiny_clips.randomise(clipfast.CLIP(*config))
+    if hooked:
+        inside = model.visual.ln_post if config is tiny_clips.VIT else model.visual.attnpool
+        inside.register_forward_hook(lambda *_: None)
+    text = rf"images are {size} x {size}, but the model wants {wanted} x {wanted} \(model.visual.input_resolution; "
+    with pytest.raises(ValueError, match=text), torch.no_grad():
+        model.encode_image(torch.randn(2, 3, size, size))
+    # as for larger images: positions interpolated from outside, the resolution left as it was
+    owner = model.visual if config is tiny_clips.VIT else model.visual.attnpool
+    count = (size // (16 if config is tiny_clips.VIT else 32)) ** 2 + 1
+    owner.positional_embedding = torch.nn.Parameter(torch.randn(count, owner.positional_embedding.shape[1]))
+    with torch.no_grad():
+        assert model.encode_image(torch.randn(2, 3, size, size)).shape == (2, 32)
+    with pytest.raises(ValueError, match=f"wants what gives {count - 1} places"), torch.no_grad():
+        model.encode_image(torch.randn(2, 3, wanted, wanted))
