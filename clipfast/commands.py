@@ -21,6 +21,7 @@ from clipfast.checkpoints import available_models, load
 from clipfast.files import check_file, size_of, write_atomically
 from clipfast.ops import logits
 from clipfast.tokenizer import tokenize
+from clipfast.words import counted
 
 __all__ = ["CommandError", "Source", "classify", "encode", "models", "pick_device", "read_lines"]
 
@@ -126,7 +127,7 @@ def encode(
     if written is not None:
         written.append(out)
     left_out = len(images) - len(paths) + len(too_long)
-    done = f"{out}: {len(paths)} images and {len(texts)} texts, {text_rows.shape[1]} numbers each"
+    done = f"{out}: {counted(len(paths), 'image')} and {counted(len(texts), 'text')}, {text_rows.shape[1]} numbers each"
     print(done + (f"; {left_out} left out" if left_out else ""))
     return 1 if left_out else 0
 
@@ -199,7 +200,7 @@ def pick_device(name: str | None) -> torch.device:
     except RuntimeError:
         raise CommandError(f"unknown device {name!r}; cpu, cuda, cuda:1 are some") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CommandError(f"device {name!r} is not here: PyTorch sees {torch.cuda.device_count()} GPUs")
+        raise CommandError(f"device {name!r} is not here: PyTorch sees {counted(torch.cuda.device_count(), 'GPU')}")
     return device
 
 

@@ -14,6 +14,7 @@ from clipfast import compat
 from clipfast.cpu import bfloat16_is_emulated
 from clipfast.dispatch import Explanation, explain
 from clipfast.kernels import cpu_library
+from clipfast.words import counted
 
 __all__ = ["report"]
 
@@ -96,7 +97,7 @@ def _machine() -> str:
         ("system", f"{platform.system()} {platform.machine()}"),
         ("CPU", torch.backends.cpu.get_cpu_capability()),
         ("CPU library", "not in use, see below" if cpu_library.missing() else f"runs as {cpu_library.best()}{held}"),
-        ("threads", f"{torch.get_num_threads()} on {os.cpu_count()} cores"),
+        ("threads", f"{torch.get_num_threads()} on {counted(os.cpu_count() or 1, 'core')}"),
         ("bfloat16", bfloat16_is_emulated() or "the CPU multiplies it"),
         ("float32", f"matrix products at precision {torch.get_float32_matmul_precision()!r}"),
     ]

@@ -369,7 +369,7 @@ class VisionTransformer(nn.Module):
 
     def _long_way(self, x: Tensor) -> Tensor:
         images, weight = x, getattr(self.conv1, "weight", None)
-        x = self.conv1(x if weight is None else normalised(x, weight.dtype))  # [*, width, grid, grid]
+        x = self.conv1(normalised(x, weight.dtype) if isinstance(weight, Tensor) else x)  # [*, width, grid, grid]
         x = x.flatten(2).transpose(1, 2)  # [*, grid ** 2, width]
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         if isinstance(weight, Tensor):

@@ -22,6 +22,7 @@ from clipfast.bench.exact import Exact
 from clipfast.bench.harness import Row, significant
 from clipfast.bench.plan import Group
 from clipfast.files import check_folder, write_bytes
+from clipfast.words import counted
 
 COLUMNS = (
     *(*environment.ENVIRONMENT, "device", "mhz", "model", "tower", "dtype", "batch", "captions", "mean_length"),
@@ -112,7 +113,7 @@ class Run:
     def _begin(self) -> None:
         facts = self.facts
         where = facts["device"] if self.device.type == "cuda" else f"{facts['cpu']} ({facts['capability']})"
-        print(f"{where}, {facts['threads']} threads; torch {facts['torch']}; load {facts['load']}")
+        print(f"{where}, {counted(facts['threads'], 'thread')}; torch {facts['torch']}; load {facts['load']}")
         print(f"clipfast {facts['clipfast']} {facts['commit']}".rstrip())
         self.bar.say("ceilings: a copy, and a matrix product in each dtype")
         self.clocks.append({"at": "start", **environment.clock(self.device)})

@@ -28,6 +28,7 @@ from clipfast.training.processes import Processes, processes
 from clipfast.training.run import Run
 from clipfast.training.samples import TEMPLATES, DataSource, find_samples
 from clipfast.training.trainer import Trainer, autocast_for
+from clipfast.words import counted
 
 __all__ = ["evaluate", "train"]
 
@@ -103,7 +104,8 @@ def _make_trainer(args: argparse.Namespace, group: Processes) -> Trainer:
     if group.first:
         size = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"   {len(samples):,} samples, {order.steps:,} steps of {batch} pairs, {size:,} parameters, {group.device}"
+            f"   {counted(len(samples), 'sample')}, {counted(order.steps, 'step')} of {counted(batch, 'pair')}, "
+            f"{size:,} parameters, {group.device}"
         )
     return trainer
 

@@ -21,6 +21,7 @@ from clipfast.commands import CommandError
 from clipfast.preprocess import Preprocess
 from clipfast.tokenizer import tokenize
 from clipfast.training.samples import Samples
+from clipfast.words import counted
 
 __all__ = [
     "BadSample",
@@ -155,7 +156,7 @@ class BatchOrder:
 
     def __init__(self, n: int, batch: int, steps: int, seed: int, *, start: int = 0, rank: int = 0, world: int = 1):
         if n < batch:
-            raise CommandError(f"the data has {n} samples, fewer than one batch of {batch} (--batch-size)")
+            raise CommandError(f"the data has {counted(n, 'sample')}, fewer than one batch of {batch} (--batch-size)")
         if batch % world:
             raise CommandError(f"a batch of {batch} (--batch-size) does not divide among {world} processes")
         self.n = n

@@ -22,6 +22,7 @@ from clipfast.preprocess import Preprocess
 from clipfast.tokenizer import tokenize
 from clipfast.training.data import BadSample, bad_sample, leave_the_group, texts_of
 from clipfast.training.samples import TEMPLATES, ClassSamples, Samples
+from clipfast.words import counted
 
 __all__ = ["Evaluator", "class_names", "hit_rates", "retrieval", "zero_shot"]
 
@@ -131,7 +132,8 @@ def class_names(samples: Samples, file: Path | None = None) -> tuple[list[str], 
     numbers = {name: number for number, name in enumerate(names)}
     unknown = sorted({caption for caption in captions if caption} - set(numbers))
     if unknown:
-        raise CommandError(f"{file} lacks {len(unknown)} classes of the data: {', '.join(unknown[:3])}")
+        count = counted(len(unknown), "class", "classes")
+        raise CommandError(f"{file} lacks {count} of the data: {', '.join(unknown[:3])}")
     return names, np.array([numbers.get(caption, -1) for caption in captions])
 
 
@@ -142,10 +144,11 @@ def _folder_names(samples: ClassSamples, file: Path | None, lines: list[str] | N
         named = dict(line.split("\t", 1) for line in lines if "\t" in line)
         missing = [folder for folder in samples.folders if folder not in named]
         if missing:
-            raise CommandError(f"{file} names no class for {len(missing)} folders: {', '.join(missing[:3])}")
+            raise CommandError(f"{file} names no class for {counted(len(missing), 'folder')}: {', '.join(missing[:3])}")
         return [named[folder].strip() for folder in samples.folders]
     if len(lines) != len(samples.folders):
-        raise CommandError(f"{file} has {len(lines)} classes, but the data has {len(samples.folders)} folders")
+        count, wanted = counted(len(lines), "class", "classes"), counted(len(samples.folders), "folder")
+        raise CommandError(f"{file} has {count}, but the data has {wanted}")
     return lines
 
 

@@ -15,6 +15,7 @@ from clipfast.training.data import BadSample
 from clipfast.training.metrics import BadSamplesFile, MetricsFile, draw_curves, progress
 from clipfast.training.processes import Processes
 from clipfast.training.trainer import Stopped, Trainer
+from clipfast.words import counted
 
 __all__ = ["Run"]
 
@@ -144,10 +145,10 @@ class Run:
         drawn = draw_curves(lines, self.out / CURVES)
         losses = [line["loss"] for line in lines if "loss" in line]
         loss = f"loss {losses[-1]:.3f} after " if losses else ""
-        print(f"Model: {self.out / MODEL}, in openai/CLIP's layout; {loss}{trainer.step} steps")
+        print(f"Model: {self.out / MODEL}, in openai/CLIP's layout; {loss}{counted(trainer.step, 'step')}")
         print(f"Curves: {self.out / CURVES}" if drawn else "Curves: not drawn, matplotlib is not installed")
         if len(self._bad):
-            print(f"Skipped: {len(self._bad)} samples, named in {self.out / BAD}")
+            print(f"Skipped: {counted(len(self._bad), 'sample')}, named in {self.out / BAD}")
 
     def _say(self, text: str) -> None:
         if self._group.first:

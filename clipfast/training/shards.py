@@ -23,6 +23,7 @@ from tqdm import tqdm
 from clipfast.commands import CommandError
 from clipfast.preprocess import decode_image
 from clipfast.training.samples import SUFFIXES, Samples, Strings
+from clipfast.words import counted
 
 __all__ = ["ShardSamples", "expand"]
 
@@ -137,5 +138,6 @@ def _index(shard: str) -> dict[str, dict[str, tuple[int, int]]]:
     except tarfile.TarError as error:
         if not samples:
             raise CommandError(f"{shard} is no plain tar file ({error}); compressed shards must be unpacked") from error
-        print(f"clipfast: {shard} is damaged ({error}): the {len(samples)} samples before are used", file=sys.stderr)
+        before = counted(len(samples), "sample")
+        print(f"clipfast: {shard} is damaged ({error}); used, from before that: {before}", file=sys.stderr)
     return samples

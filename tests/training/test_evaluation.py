@@ -182,7 +182,7 @@ def test_classes_come_from_folders_captions_or_a_file(tmp_path):
     file.write_text("cow\ncat\ndog\n")
     assert class_names(samples, file)[1].tolist() == [1, 2, 1, -1]
     file.write_text("cat\n")
-    with pytest.raises(CommandError, match="lacks 1 classes of the data: dog"):
+    with pytest.raises(CommandError, match="lacks 1 class of the data: dog"):
         class_names(samples, file)
 
 

@@ -63,7 +63,7 @@ def test_bad_samples_are_counted_and_named(data, whole, capfd):
     # told again when the run has nothing left to do
     assert cli.main(arguments(data, whole, "--keep", "3")) == 0
     told = capfd.readouterr()
-    assert "goes on after step 30 of 30" in told.out and "Skipped: 1 samples" in told.out
+    assert "goes on after step 30 of 30" in told.out and "Skipped: 1 sample," in told.out
 
 
 # ---- interrupted ----
