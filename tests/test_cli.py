@@ -408,7 +408,7 @@ def test_wrong_usage_is_status_2(arguments, text, capsys):
         (["classify", "chelsea.png", "--labels-file", "empty.png"], "empty.png has no line of text"),
         (["encode", "chelsea.png", "--out", "none/x.npz"], "there is no folder none"),
         (["encode", "chelsea.png", "--out", "."], ".: cannot be written: it is a folder"),
-        (["demo", "--out", "text.png"], "text.png: File exists"),
+        (["demo", "--out", "text.png"], "text.png: is a file, and a folder is wanted"),
     ],
 )
 def test_a_failure_is_one_line_and_status_1(arguments, text, files, capsys):
