@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+GAP = 4  # points between a bar and its label
 INK, QUIET, FAINT, ACCENT, WRONG = "#1f2933", "#66737f", "#c3cad1", "#0b7285", "#d9480f"
 
 
@@ -129,8 +130,8 @@ def _loss(figure: Figure, losses: list[float], width: float) -> None:
 
 def _speed(figure: Figure, comparison: Comparison) -> None:
     inputs = f"{comparison.n_images} photographs, {comparison.n_texts} captions"
-    note = f"ViT-B/32, random weights; {inputs}; ×: how much faster clipfast is"
-    _heading(figure, 0.575, 0.378, "Throughput", note)
+    note = f"random weights; {inputs}; ×: clipfast is so many times as fast"
+    _heading(figure, 0.575, 0.378, "Throughput of ViT-B/32", note)
     names = list(dict.fromkeys(row.name for row in comparison.rows))
     kinds: tuple[tuple[str, str], ...] = (("images_per_second", "images/s"), ("texts_per_second", "texts/s"))
     dtypes = list(comparison.rounds)
@@ -152,10 +153,16 @@ def _bars(axes: Axes, names: list[str], values: list[float]) -> None:
     colours: list[Any] = [ACCENT if name == OURS else FAINT for name in names]
     axes.barh(range(len(names)), values, color=colours, height=0.72)
     ours = values[names.index(OURS)]
+    width = axes.get_window_extent().width
+    limit = max(values)
     for place, (name, value) in enumerate(zip(names, values, strict=True)):
-        label = f"{value:,.0f}" + ("" if name == OURS else f"   {ours / value:.1f} ×")
-        axes.text(value + 0.03 * max(values), place, label, va="center", fontsize=9.5)
+        label = f"{value:,.0f}" + ("" if name == OURS else f"   {ours / value:.2f} ×")
+        place_of_text: dict[str, Any] = {"xytext": (GAP, 0), "textcoords": "offset points", "annotation_clip": False}
+        text = axes.annotate(label, (value, place), va="center", fontsize=9.5, **place_of_text)
+        # bar and label together end within the panel; a label is as long as its letters, whatever the scale
+        beside = text.get_window_extent().width + GAP * axes.figure.dpi / 72
+        limit = max(limit, value * width / (width - beside))
     axes.invert_yaxis()
-    axes.set(xticks=[], xlim=(0, 1.2 * max(values)))
+    axes.set(xticks=[], xlim=(0, limit))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
