@@ -83,10 +83,11 @@ def assert_codes_agree(header: str, prefix: str, codes: Mapping[str, int]) -> No
 def assert_says_why_it_is_missing(library: SharedLibrary, built: Path, folder: Path, symbol: str) -> None:
     """Not built, of another version, no library, without a function: in words, with the command that mends it."""
     assert "not built" in library.load(folder / library.path.name) and library.build in library.load(folder / "x.so")
-    other = SharedLibrary(library.path.name, library.prefix, 999, library.symbols, library.build, library.kind)
+    words = (library.switch, library.needs, library.kind)
+    other = SharedLibrary(library.path.name, library.prefix, 999, library.symbols, *words)
     assert f"interface version {library.version}, this clipfast needs 999" in other.load(built)
     (folder / library.path.name).write_text("not a library")
     assert "does not load" in library.load(folder / library.path.name)
     symbols = {**library.symbols, symbol: (ctypes.c_int, ())}
-    more = SharedLibrary(library.path.name, library.prefix, library.version, symbols, library.build, library.kind)
+    more = SharedLibrary(library.path.name, library.prefix, library.version, symbols, *words)
     assert symbol in more.load(built)

@@ -54,7 +54,8 @@ LIBRARY = SharedLibrary(
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),
         "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
     },
-    build="CLIPFAST_CPU=1 pip install --no-build-isolation -e . (needs GCC 11 and cmake)",
+    switch="CLIPFAST_CPU",
+    needs="GCC 11 or later",
     kind="CPU library",
 )
 missing = LIBRARY.missing

@@ -42,7 +42,8 @@ LIBRARY = SharedLibrary(
         "clipfast_patch_embed": (c_int, (POINTER(_PatchEmbedArgs), c_int, c_void_p)),
         "clipfast_patch_embed_host": (c_int, (POINTER(_PatchEmbedArgs), c_int)),
     },
-    build="CLIPFAST_CUDA=1 pip install --no-build-isolation -e . (needs nvcc and cmake)",
+    switch="CLIPFAST_CUDA",
+    needs="nvcc and GCC",
     kind="CUDA library",
 )
 missing = LIBRARY.missing

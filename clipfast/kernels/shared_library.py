@@ -18,7 +18,8 @@ class SharedLibrary:
     prefix:  what its functions' names start with; `<prefix>_abi_version` and `<prefix>_error_text` are among them.
     version: of the interface that we know.
     symbols: function -> (restype, argtypes).
-    build:   the command that builds it.
+    switch:  the variable that makes setup.py build it.
+    needs:   with what.
     kind:    what it is, in words.
     """
 
@@ -28,18 +29,30 @@ class SharedLibrary:
         prefix: str,
         version: int,
         symbols: Mapping[str, tuple[Any, Sequence[Any]]],
-        build: str,
+        switch: str,
+        needs: str,
         kind: str,
     ):
         self.path = FOLDER / file
-        self.prefix, self.version, self.build, self.kind = prefix, version, build, kind
+        self.prefix, self.version, self.kind = prefix, version, kind
+        self.switch, self.needs = switch, needs
         own = {f"{prefix}_abi_version": (ctypes.c_int, ()), f"{prefix}_error_text": (ctypes.c_char_p, (ctypes.c_int,))}
         self.symbols = {**own, **symbols}
+
+    @property
+    def build(self) -> str:
+        """How to build it, in words and with the command."""
+        # a checkout that is imported in place gets its library in place; pip brings cmake for the build
+        where = "-e ." if (FOLDER.parents[1] / "setup.py").exists() else "."
+        return f"in the folder of clipfast's source, with {self.needs}: {self.switch}=1 pip install {where}"
 
     def load(self, path: Path) -> ctypes.CDLL | str:
         """The library with its symbols declared, or why it cannot be used."""
         if not path.exists():
-            return f"the {self.kind} is not built ({path.name} is not in {path.parent}): {self.build}"
+            # what setup.py left there instead
+            note = path.with_suffix(".txt")
+            why = f" ({note.read_text().strip()})" if note.exists() else ""
+            return f"the {self.kind} is not built{why}; {self.build}"
         try:
             built = ctypes.CDLL(str(path))
             for name, (restype, argtypes) in self.symbols.items():
@@ -48,10 +61,10 @@ class SharedLibrary:
                 if name == f"{self.prefix}_abi_version" and function() != self.version:
                     return (
                         f"{path.name} has interface version {function()}, this clipfast needs {self.version}: "
-                        f"build it again, {self.build}"
+                        f"build it again {self.build}"
                     )
         except (OSError, AttributeError) as error:
-            return f"{path.name} does not load: {error}. Build it again: {self.build}"
+            return f"{path.name} does not load: {error}. Build it again {self.build}"
         return built
 
     @functools.cached_property
