@@ -13,10 +13,17 @@ DEMO  := $(VENV)/.stamp-demo
 TEST  := $(VENV)/.stamp-test
 BENCH := $(VENV)/.stamp-bench
 
+comma := ,
+# $(call step,what,command): pip says nothing for minutes, so a dot every five seconds and the time at the end. No dot
+# outlives this shell, whoever stops it.
+step = @printf 'setting up $(VENV): %s ' '$(1)'; start=$$(date +%s); shell=$$$$; \
+	(while sleep 5 && kill -0 $$shell 2>/dev/null; do printf .; done) & \
+	trap "kill $$! 2>/dev/null" EXIT INT TERM; $(2) || exit; echo " $$(($$(date +%s) - start)) s"
+
 # Peers are what parity tests compare with. One that cannot be installed costs its tests (they skip and say so),
 # unless CLIPFAST_REQUIRE_PEERS=1, as in CI.
-peer = $(INSTALL) $(1) || { \
-	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }
+peer = { $(INSTALL) $(1) || { \
+	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }; }
 
 .PHONY: help demo test test-older-cpus test-versions lint bench readme gpu clean
 .DEFAULT_GOAL := help
@@ -70,33 +77,28 @@ clean: ## remove the environment, builds and caches
 
 # torch first and alone: with it in place, no other package's wish for "torch" can bring a second, larger one.
 $(TORCH): constraints.txt
-	@echo "setting up $(VENV): torch"
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) torch
-	@$(INSTALL) setuptools wheel
-	@command -v cmake >/dev/null || $(INSTALL) cmake || echo "warning: no cmake: csrc/ will not be built"
+	$(call step,torch,$(INSTALL) torch)
+	$(call step,what builds csrc/,$(INSTALL) setuptools wheel && { command -v cmake >/dev/null || $(INSTALL) cmake || :; })
 	@touch $@
 
 # No build isolation: an isolated build would fetch its own tools past constraints.txt.
 $(DEMO): $(TORCH) pyproject.toml setup.py
-	@echo "setting up $(VENV): clipfast and what the demo needs"
-	@$(INSTALL) --no-build-isolation -e ".[demo]"
+	$(call step,clipfast and what the demo needs,$(INSTALL) --no-build-isolation -e ".[demo]")
+	@[ -t 1 ] || sed 's/^/warning: a part of csrc was not built: /' clipfast/kernels/*.txt 2>/dev/null || :
 	@touch $@
 
 # --no-deps: torchvision, timm and open_clip_torch would choose a torch and a torchvision of their own.
 $(TEST): $(DEMO)
-	@echo "setting up $(VENV): tests and peers"
-	@$(INSTALL) --no-build-isolation -e ".[demo,test]"
-	@$(call peer,transformers)
-	@$(call peer,--no-deps torchvision)
-	@$(call peer,--no-deps timm)
-	@$(call peer,--no-deps open_clip_torch)
-	@$(call peer,--no-deps --no-build-isolation openai-clip)
-	@$(call peer,onnxruntime onnx onnxscript)
+	$(call step,what the tests need,$(INSTALL) --no-build-isolation -e ".[demo$(comma)test]")
+	$(call step,transformers,$(call peer,transformers))
+	$(call step,open_clip,$(call peer,--no-deps torchvision) && $(call peer,--no-deps timm) && \
+		$(call peer,--no-deps open_clip_torch))
+	$(call step,openai-clip,$(call peer,--no-deps --no-build-isolation openai-clip))
+	$(call step,onnxruntime,$(call peer,onnxruntime onnx onnxscript))
 	@touch $@
 
 # These are compared where they can be had, and missing is a note in the table.
 $(BENCH): $(TEST)
-	@echo "setting up $(VENV): compilers that take part in the benchmark"
-	@$(INSTALL) openvino || echo "warning: not installed: openvino"
+	$(call step,openvino,$(INSTALL) openvino || echo "warning: not installed: openvino")
 	@touch $@

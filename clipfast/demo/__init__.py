@@ -70,9 +70,14 @@ def run(
     result = _check(reading, model, pixels)
     failures = _failures(reading, result, steps, bar, quick)
 
-    comparison = None if quick else _compare(on)
-    figures = _figures(losses, seconds, reading, result, comparison)
-    _write(out, digits, reading, losses, comparison, figures, written)
+    def write(comparison: Comparison | None) -> None:
+        figures = _figures(losses, seconds, reading, result, comparison)
+        _write(out, digits, reading, losses, comparison, figures, written)
+
+    # something to look at while the rest is timed
+    write(None)
+    if not quick:
+        write(_compare(on))
     for failure in failures:
         print(f"clipfast: demo failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -81,7 +86,7 @@ def run(
 def _train(digits: d.Digits, steps: int, device: torch.device) -> tuple[CLIP, list[float]]:
     n_train, n_test = len(digits.train), len(digits.test)
     print(f"1. Train a small CLIP on {n_train:,} handwritten digits and {len(d.TRAINED)} captions for each ({device})")
-    print(f"   {n_test} more digits are kept for the test; {steps} steps of {10 * d.PER_CLASS} pairs")
+    print(f"   {n_test} more digits are kept for the test; {steps} steps of {10 * d.PER_CLASS} pairs", flush=True)
     return d.train(digits, steps, device)
 
 
@@ -125,7 +130,7 @@ def _compare(device: torch.device) -> Comparison:
     print(f"4. Time ViT-B/32 on {where}: every library on the same photographs, captions and weights, taking turns")
     print("   The weights are random, as nothing is downloaded: this shows speed and numerics only.", flush=True)
     comparison = compare(device, lambda so_far, dtype: print(_table(so_far, dtype), flush=True))
-    for name, reason in comparison.missing.items():
+    for name, reason in (comparison.missing | comparison.left_out).items():
         print(f"   {name}: {reason}")
     print('   "x": how many times as fast clipfast is. 1 - cos: the largest, to float64 on the float32 weights.')
     return comparison
@@ -178,9 +183,8 @@ def _write(
     from clipfast.demo import picture
 
     write_bytes(out / FIGURES, json.dumps(figures, indent=2).encode())
-    written.append(out / FIGURES)
     learned = f"{len(digits.train):,} real digits to learn from, {len(digits.test)} to test on"
     told = f"{100 * reading.accuracy:.1f} % right, named by captions that training never used"
     picture.draw(out / PICTURE, digits, reading, losses, comparison, f"{learned}: {told}")
-    written.append(out / PICTURE)
-    print(f"Picture: {out / PICTURE}\nFigures: {out / FIGURES}")
+    written += [path for path in (out / FIGURES, out / PICTURE) if path not in written]
+    print(f"Picture: {out / PICTURE}\nFigures: {out / FIGURES}", flush=True)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from clipfast import reference
 from clipfast.bench.peers import module
 from clipfast.checkpoints import to_huggingface
+from clipfast.cpu import bfloat16_is_emulated
 from clipfast.demo.digits import largest_gap
-from clipfast.dispatch import backend, explain
+from clipfast.dispatch import backend
 from clipfast.model import CLIP, architecture, build_model, convert_weights
 from clipfast.preprocess import Preprocess
 from clipfast.timing import interleaved, medians
@@ -115,6 +117,7 @@ class Comparison:
     n_images: int
     n_texts: int
     rounds: dict[str, int]  # dtype -> timed rounds
+    left_out: dict[str, str]  # dtype -> why it was not timed
 
 
 def contestants(
@@ -197,21 +200,22 @@ def _version(*distributions: str) -> str:
     return ""
 
 
-def dtypes(device: torch.device) -> Iterator[torch.dtype]:
-    """float32, and the half precision that this device is fast in."""
-    yield torch.float32
+def dtypes(device: torch.device) -> tuple[list[torch.dtype], dict[str, str]]:
+    """float32 and the half precision that this device is fast in; and what is left out, and why."""
     if device.type != "cpu":
-        yield torch.float16
-    elif any(decision.backend != "torch" for *_, decision in explain("cpu", torch.bfloat16)):
-        yield torch.bfloat16
+        return [torch.float32, torch.float16], {}
+    emulated = bfloat16_is_emulated()
+    if emulated:
+        return [torch.float32], {"bfloat16": f"not timed: {emulated}"}
+    return [torch.float32, torch.bfloat16], {}
 
 
 @torch.no_grad()
-def compare(device: torch.device, say: Callable[[Comparison, str], None], seconds: float = 10) -> Comparison:
+def compare(device: torch.device, say: Callable[[Comparison, str], None], seconds: float = 60) -> Comparison:
     """Time every library on the same photographs, captions and weights, and compare each with float64.
 
     say: called after each dtype with what is known so far and the dtype's name.
-    seconds: for timing one tower in one dtype, roughly.
+    seconds: for all the timing, roughly; a dtype is left out once three quarters of them are spent.
     """
     files = photographs()
     images = Preprocess(VIT_B_32["image_resolution"])(tuple(files)).to(device)
@@ -221,16 +225,24 @@ def compare(device: torch.device, say: Callable[[Comparison, str], None], second
     # a GPU is idle with one copy
     copies = 1 if device.type == "cpu" else 16
     batch, texts = images.repeat(copies, 1, 1, 1), text.repeat(copies, 1)
-    comparison = Comparison([], missing, len(batch), len(texts), {})
-    for dtype in dtypes(device):
+    chosen, left_out = dtypes(device)
+    comparison = Comparison([], missing, len(batch), len(texts), {}, left_out)
+    start = time.perf_counter()
+    # of each of the two towers
+    share = seconds / len(chosen) / 2
+    for number, dtype in enumerate(chosen):
         name = str(dtype).removeprefix("torch.")
+        taken = time.perf_counter() - start
+        if number and taken > 0.75 * seconds:
+            left_out[name] = f"not timed: {taken:.0f} s went into {', '.join(comparison.rounds)}"
+            continue
         if dtype != torch.float32:
             for one in found:
                 one.model.to(dtype) if one.name.startswith("transformers") else convert_weights(one.model, dtype)
         image_calls = {one.name: _call(one.encode_image, batch) for one in found}
         text_calls = {one.name: _call(one.encode_text, texts) for one in found}
-        image_times, image_rounds = _timed(image_calls, seconds)
-        text_times, text_rounds = _timed(text_calls, seconds)
+        image_times, image_rounds = _timed(image_calls, share)
+        text_times, text_rounds = _timed(text_calls, share)
         comparison.rounds[name] = min(image_rounds, text_rounds)
         comparison.rows.extend(
             Row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,8 @@ def _speed(figure: Figure, comparison: Comparison) -> None:
     inputs = f"{comparison.n_images} photographs, {comparison.n_texts} captions"
     note = f"random weights; {inputs}; ×: clipfast is so many times as fast"
     _heading(figure, 0.575, 0.378, "Throughput of ViT-B/32", note)
+    left_out = "\n".join(textwrap.fill(f"{dtype}: {why}", 85) for dtype, why in comparison.left_out.items())
+    figure.text(0.575, 0.06, left_out, va="top", fontsize=9.5, color=QUIET)
     names = list(dict.fromkeys(row.name for row in comparison.rows))
     kinds: tuple[tuple[str, str], ...] = (("images_per_second", "images/s"), ("texts_per_second", "texts/s"))
     dtypes = list(comparison.rounds)
