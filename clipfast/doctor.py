@@ -11,25 +11,23 @@ from importlib import metadata
 import torch
 
 from clipfast import compat
+from clipfast.bench.environment import cpu_name, nvidia_smi
 from clipfast.cpu import bfloat16_is_emulated
 from clipfast.dispatch import Explanation, explain
-from clipfast.kernels import cpu_library
+from clipfast.kernels import cpu_library, native
 from clipfast.words import counted
 
 __all__ = ["report"]
 
-# (names of the distribution, what it is for); the first name is shown
+# (names of the distribution, what it is for, whether only with a GPU); the first name is shown
 _NEEDED = (("torch",), ("numpy",), ("pillow",), ("tokenizers",), ("ftfy",), ("tqdm",))
 _OPTIONAL = (
-    (("safetensors",), "reading and writing .safetensors checkpoints"),
-    (("scikit-learn",), "clipfast demo"),
-    (("scikit-image",), "clipfast demo"),
-    (("matplotlib",), "clipfast demo"),
-    (("triton",), "GPU kernels"),
-    (("flash-attn", "flash_attn"), "attention on a GPU"),
-    (("openai-clip", "clip"), "comparing with openai/CLIP"),
-    (("open_clip_torch",), "comparing with open_clip"),
-    (("transformers",), "comparing with Hugging Face"),
+    (("safetensors",), ".safetensors checkpoints", False),
+    (("pyarrow",), "Parquet tables in clipfast train", False),
+    (("scikit-learn",), "clipfast demo", False),
+    (("scikit-image",), "clipfast demo", False),
+    (("matplotlib",), "pictures of clipfast demo, train, bench and profile", False),
+    (("triton",), "clipfast's kernels on a GPU", True),
 )
 # what an older release gets: (first release that gets more, what the older one gets)
 _OLDER = {
@@ -39,6 +37,14 @@ _OLDER = {
         "before 3.4 linear layers on sm_90 and later take the form of older GPUs: no tensor descriptors",
     ),
 }
+# clipfast itself uses none of these: bench, demo and tests compare with them
+_PEERS = (
+    (("openai-clip", "clip"), "openai/CLIP", False),
+    (("open_clip_torch",), "open_clip", False),
+    (("transformers",), "Hugging Face", False),
+    (("flash-attn", "flash_attn"), "Hugging Face's attention on a GPU", True),
+)
+_ON_A_GPU = ("cuda", "triton")
 _USES = (
     ("float32", torch.float32, False),
     ("bfloat16", torch.bfloat16, False),
@@ -77,12 +83,20 @@ def _versions() -> str:
     from clipfast import __version__
 
     rows = [("python", platform.python_version()), ("clipfast", __version__)]
-    rows += [
-        (names[0], _with_note(names[0], _version(names)) or "NOT INSTALLED: clipfast needs it") for names in _NEEDED
-    ]
-    for names, purpose in _OPTIONAL:
-        rows.append((names[0], _with_note(names[0], _version(names)) or f"not installed (needed for {purpose})"))
-    return _section("Installed", rows)
+    rows += [(names[0], _with_note(names[0], _version(names)) or "NOT INSTALLED: clipfast needs it") for names in _NEEDED]
+    parts = [_section("Installed", rows)]
+    for title, several, without in (
+        ("Optional", _OPTIONAL, "not installed, and needed for {} only: pip install {}"),
+        ("Compared with by bench, demo and tests; clipfast needs none of them", _PEERS, "not installed"),
+    ):
+        rows = []
+        for names, purpose, gpu in several:
+            absent = without.format(purpose, names[0])
+            if gpu and not torch.cuda.is_available():
+                absent = f"not installed, and of no use here: it is for {purpose}"
+            rows.append((names[0], _with_note(names[0], _version(names)) or absent))
+        parts.append(_section(title, rows))
+    return "\n\n".join(parts)
 
 
 def _missing() -> list[str]:
@@ -95,19 +109,27 @@ def _machine() -> str:
     held = f" (set by {cpu_library.SWITCH})" if os.environ.get(cpu_library.SWITCH) else ""
     rows = [
         ("system", f"{platform.system()} {platform.machine()}"),
-        ("CPU", torch.backends.cpu.get_cpu_capability()),
-        ("CPU library", "not in use, see below" if cpu_library.missing() else f"runs as {cpu_library.best()}{held}"),
+        ("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
+        (
+            "libclipfast_cpu",
+            cpu_library.missing() or f"clipfast's own products and attention run with {cpu_library.best()}{held}",
+        ),
         ("threads", f"{torch.get_num_threads()} on {counted(os.cpu_count() or 1, 'core')}"),
         ("bfloat16", bfloat16_is_emulated() or "the CPU multiplies it"),
-        ("float32", f"matrix products at precision {torch.get_float32_matmul_precision()!r}"),
+        ("float32", f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}"),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
             size = f"{gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}, CUDA {torch.version.cuda}"
             rows.append((f"GPU {index}", f"{gpu.name}, {size}"))
+        rows.append(("libclipfast", native.missing() or "clipfast's own patch embedding runs on a GPU"))
     elif torch.version.cuda is None:
-        rows.append(("GPU", "none: this PyTorch is built without CUDA"))
+        name = nvidia_smi("name").get("name")
+        without = "this PyTorch is built without CUDA"
+        rows.append(
+            ("GPU", f"{name}, not used: {without}; pytorch.org has one with it" if name else f"none; {without}")
+        )
     else:
         rows.append(("GPU", f"none: this PyTorch has CUDA {torch.version.cuda}, but no GPU or no driver answers"))
     return _section("Machine", rows)
@@ -125,9 +147,13 @@ def _backends(device: str) -> str:
 def _reasons(found: dict[str, Explanation]) -> list[str]:
     """For each backend the reasons against it, each with the uses and operators that it concerns."""
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+    on_a_gpu = torch.cuda.is_available()
     for use, rows in found.items():
         for operator, _, _, decision in rows:
             for backend, why in decision.others:
+                if backend in _ON_A_GPU and not on_a_gpu:
+                    # whatever else they lack does not matter here
+                    backend, why = ", ".join(_ON_A_GPU), "run on a GPU"
                 reasons.setdefault((backend, why), {}).setdefault(use, []).append(operator)
     lines = []
     for backend, why in sorted(reasons):

@@ -343,6 +343,8 @@ def test_doctor_reports_versions_and_every_operator(capsys):
         assert re.search(rf"^  {operator} +{decision.backend} ", told, re.MULTILINE), operator
     for _, _, _, decision in clipfast.explain("cpu", torch.float32, grad=True):
         for name, why in decision.others:
+            if name in ("cuda", "triton") and not torch.cuda.is_available():
+                name, why = "cuda, triton", "run on a GPU ["
             assert f"{name}: {why}" in " ".join(told.split()), why
     assert str(Path.home()) not in told and sys.prefix not in told
 
@@ -354,7 +356,30 @@ def test_doctor_says_what_a_missing_library_is_for(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "version", missing)
     told = doctor.report()
     assert "NOT INSTALLED: clipfast needs it" in told
-    assert "not installed (needed for reading and writing .safetensors checkpoints)" in told
+    assert "not installed, and needed for .safetensors checkpoints only: pip install safetensors" in told
+    assert re.search(r"^  flash-attn +not installed", told, re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_doctor_does_not_send_a_cpu_for_what_a_gpu_uses(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda names: None)
+    told = doctor.report()
+    for name, purpose in (("triton", "clipfast's kernels"), ("flash-attn", "Hugging Face's attention")):
+        assert f"  {name:<16}not installed, and of no use here: it is for {purpose} on a GPU\n" in told
+        assert f"pip install {name}" not in told
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda query: {"name": "NVIDIA H100"})
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "NVIDIA H100, not used: this PyTorch is built without CUDA" in doctor.report()
+
+
+def test_doctor_says_what_the_cpu_library_does_or_why_there_is_none(monkeypatch):
+    monkeypatch.setattr(doctor.cpu_library, "missing", lambda: None)
+    monkeypatch.setattr(doctor.cpu_library, "best", lambda: "avx2")
+    assert "  libclipfast_cpu clipfast's own products and attention run with avx2\n" in doctor.report()
+    monkeypatch.setattr(
+        doctor.cpu_library, "missing", lambda: "the CPU library is not built (g++ was not found); do so"
+    )
+    assert "  libclipfast_cpu the CPU library is not built (g++ was not found); do so\n" in doctor.report()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def environment() -> Row:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "",
@@ -48,7 +48,8 @@ def warn_if_emulated(device: torch.device, dtypes: Iterable[str]) -> None:
         print(f"warning: {reason}", file=sys.stderr)
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """As the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
