@@ -83,7 +83,8 @@ def _versions() -> str:
     from clipfast import __version__
 
     rows = [("python", platform.python_version()), ("clipfast", __version__)]
-    rows += [(names[0], _with_note(names[0], _version(names)) or "NOT INSTALLED: clipfast needs it") for names in _NEEDED]
+    missing = "NOT INSTALLED: clipfast needs it"
+    rows += [(names[0], _with_note(names[0], _version(names)) or missing) for names in _NEEDED]
     parts = [_section("Installed", rows)]
     for title, several, without in (
         ("Optional", _OPTIONAL, "not installed, and needed for {} only: pip install {}"),

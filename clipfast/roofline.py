@@ -2,7 +2,7 @@
 
 A launch reads each of its inputs once and writes each of its outputs once; operations are those of matrix products and
 convolutions, a multiplication and an addition counting as two. Time cannot be less than the larger of operations over
-the fastest matrix product's rate and bytes over the memory's bandwidth, launch by launch. Pure functions of sizes:
+the best rate of multiply-adds and bytes over the memory's bandwidth, launch by launch. Pure functions of sizes:
 nothing here measures, and nothing but the standard library is imported.
 
 `itemsize` is in bytes, of the tensors; `rows`, `lengths` are rows of the packed tensors; `architecture` is a mapping of

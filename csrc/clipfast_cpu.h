@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 2
+#define CLIPFAST_CPU_ABI_VERSION 3
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -74,6 +74,18 @@ typedef struct clipfast_cpu_linear_args {
     int32_t instructions; /* clipfast_cpu_instructions */
 } clipfast_cpu_linear_args;
 
+/* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in
+ * these instructions. A form without instructions for bfloat16 multiplies float32 for it.
+ */
+typedef struct clipfast_cpu_peak_args {
+    int64_t struct_size;  /* sizeof(clipfast_cpu_peak_args) */
+    int64_t steps;        /* of each thread; how long it takes is proportional to them */
+    void *flops;          /* an int64_t: operations of all threads, a multiplication and an addition counting as two */
+    int32_t dtype;        /* clipfast_cpu_dtype */
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+} clipfast_cpu_peak_args;
+
 /* CLIPFAST_CPU_ABI_VERSION of the built library. */
 CLIPFAST_CPU_API int clipfast_cpu_abi_version(void);
 
@@ -88,6 +100,9 @@ CLIPFAST_CPU_API int clipfast_cpu_attention(const clipfast_cpu_attention_args *a
 
 /* A linear layer, made for few rows; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_linear(const clipfast_cpu_linear_args *args);
+
+/* The loop of fused multiply-adds; returns when it is done. */
+CLIPFAST_CPU_API int clipfast_cpu_peak(const clipfast_cpu_peak_args *args);
 
 #ifdef __cplusplus
 }

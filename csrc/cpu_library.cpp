@@ -4,7 +4,8 @@
 // One of each for each instruction set.
 #define CLIPFAST_DECLARE(form)                                                  \
     int clipfast_cpu_attention_##form(const clipfast_cpu_attention_args &args); \
-    int clipfast_cpu_linear_##form(const clipfast_cpu_linear_args &args);
+    int clipfast_cpu_linear_##form(const clipfast_cpu_linear_args &args);       \
+    int clipfast_cpu_peak_##form(const clipfast_cpu_peak_args &args);
 CLIPFAST_DECLARE(baseline)
 #if defined(__x86_64__)
 CLIPFAST_DECLARE(avx2)
@@ -53,6 +54,8 @@ bool valid(const clipfast_cpu_linear_args &args) {
             (args.out != nullptr && (args.terms == 0 || (args.x != nullptr && args.weight != nullptr))));
 }
 
+bool valid(const clipfast_cpu_peak_args &args) { return args.steps >= 0 && args.flops != nullptr; }
+
 // forms: by number, from CLIPFAST_CPU_BASELINE on
 template <typename Args, int N>
 int run(const Args *args, int (*const (&forms)[N])(const Args &)) {
@@ -92,3 +95,5 @@ int clipfast_cpu_attention(const clipfast_cpu_attention_args *args) {
 }
 
 int clipfast_cpu_linear(const clipfast_cpu_linear_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_linear)); }
+
+int clipfast_cpu_peak(const clipfast_cpu_peak_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_peak)); }

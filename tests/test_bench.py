@@ -20,13 +20,14 @@ from clipfast.roofline import Work
 from . import peers as installed
 from .bench_models import TINY, WORDS
 
-CEILINGS = {ceilings.COPY: 1e10, "float32": 1e11, "bfloat16": 2e11}
+RATES = {"float32": 1e11, "bfloat16": 2e11}
+CEILINGS = ceilings.Ceilings({ceilings.COPY: 1e10, **RATES}, dict.fromkeys(RATES, ceilings.PEAK), RATES)
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
-    monkeypatch.setattr(ceilings, "measure", lambda device, dtypes, quick: {n: CEILINGS[n] for n in ("copy", *dtypes)})
+    monkeypatch.setattr(ceilings, "measure", lambda device, dtypes, quick: CEILINGS)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -359,15 +360,18 @@ def test_pictures_are_drawn_from_the_rows(monkeypatch, tmp_path):
 
     alone(monkeypatch)
     assert bench(tmp_path, batch="1,2") == 0
-    written = plots.draw(rows_of(tmp_path), CEILINGS, tmp_path / "it")
+    written = plots.draw(rows_of(tmp_path), CEILINGS.rates, CEILINGS.by, tmp_path / "it")
     assert {path.name for path in written} == {
         f"it-{name}.{kind}" for name in ("throughput", "ratios", "roofline") for kind in ("png", "svg")
     }
     assert all(path.stat().st_size > 1000 for path in written)
+    for by, what in ((CEILINGS.by, ceilings.PEAK), ({}, ceilings.PRODUCT)):  # an older file does not say it
+        (legend,) = plots.points(rows_of(tmp_path), CEILINGS.rates, by).legends
+        assert any(text.get_text().endswith(what) for text in legend.get_texts())
     first = (tmp_path / "it-throughput.svg").read_bytes()
-    plots.draw(rows_of(tmp_path), CEILINGS, tmp_path / "it")
+    plots.draw(rows_of(tmp_path), CEILINGS.rates, CEILINGS.by, tmp_path / "it")
     assert (tmp_path / "it-throughput.svg").read_bytes() == first
-    assert plots.draw([], CEILINGS, tmp_path / "it") == []
+    assert plots.draw([], CEILINGS.rates, CEILINGS.by, tmp_path / "it") == []
 
 
 def test_train_steps_are_checked_by_their_gradients(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from clipfast.architectures import ARCHITECTURES
-from clipfast.bench import ceilings, peers, run, start, training, workload
+from clipfast.bench import ceilings, peers, run, start, tables, training, workload
 from clipfast.bench.peers import openai
+from clipfast.kernels import cpu_library
 
 from . import peers as installed
 from .bench_models import TINY
@@ -47,7 +49,37 @@ def test_readers_of_openai_clip_share_one_model():
 
 def test_ceilings_are_measured_and_plausible(monkeypatch):
     found = ceilings.measure(torch.device("cpu"), ["float32", "bfloat16"], quick=True)
-    assert set(found) == {"copy", "float32", "bfloat16"} and min(found.values()) > 1e6
+    assert set(found.rates) == {"copy", "float32", "bfloat16"} and min(found.rates.values()) > 1e6
+    assert all(found.rates[name] >= found.products[name] > 0 for name in found.products)
+
+
+@pytest.mark.parametrize(("peak", "rate", "by"), [(2e9, 2e9, ceilings.PEAK), (0.0, 1e9, ceilings.PRODUCT)])
+def test_a_ceiling_is_what_no_product_passes_and_its_name_is_said(monkeypatch, peak, rate, by):
+    """Without the library, or with instructions that its loop does not know, it is the fastest product."""
+    monkeypatch.setattr(ceilings, "copy_bytes_per_s", lambda device, n_bytes: 3e9)
+    monkeypatch.setattr(ceilings, "product_flops_per_s", lambda device, dtype, size: 1e9)
+    monkeypatch.setattr(ceilings, "multiply_adds_per_s", lambda dtype, seconds: peak)
+    found = ceilings.measure(torch.device("cpu"), ["float32"])
+    assert found == ({"copy": 3e9, "float32": rate}, {"float32": by}, {"float32": 1e9})
+    told = {ceilings.PEAK: "2 GFLOP/s (peak of fused multiply-adds, fastest product 1)"}
+    line = f"ceilings: copy 3 GB/s, float32 {told.get(by, '1 GFLOP/s (fastest product measured)')}"
+    assert tables.ceilings(found) == line
+
+
+def test_the_peak_is_measured_in_every_form_that_runs_here(monkeypatch):
+    ran = []
+
+    def run(operator, args):
+        ran.append((operator, args.dtype, args.instructions))
+        ctypes.c_int64.from_address(args.flops).value = args.steps
+
+    monkeypatch.setattr(cpu_library, "missing", lambda: None)
+    monkeypatch.setattr(cpu_library, "best", lambda: "avx512")
+    monkeypatch.setattr(cpu_library, "run", run)
+    assert ceilings.multiply_adds_per_s(torch.bfloat16, 1e-7) > 0
+    assert set(ran) == {("peak", 1, code) for code in (1, 2, 3)}
+    monkeypatch.setattr(cpu_library, "missing", lambda: "not built")
+    assert ceilings.multiply_adds_per_s(torch.float32, 1e-7) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

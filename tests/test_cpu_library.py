@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -113,7 +114,7 @@ def test_other_versions_and_broken_files(cpu_library_file, tmp_path):
     csrc.assert_says_why_it_is_missing(library.LIBRARY, cpu_library_file, tmp_path, "clipfast_cpu_of_tomorrow")
 
 
-@pytest.mark.parametrize("struct", [library.AttentionArgs, library.LinearArgs])
+@pytest.mark.parametrize("struct", [library.AttentionArgs, library.LinearArgs, library.PeakArgs])
 def test_header_and_python_agree(struct):
     csrc.assert_header_agrees(HEADER, library.LIBRARY, struct)
     csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", library.INSTRUCTIONS)
@@ -180,6 +181,26 @@ def test_codes_without_a_meaning(cpu_library):
     assert b"has not the instructions" in cpu_library.clipfast_cpu_error_text(-2)
     assert b"no memory" in cpu_library.clipfast_cpu_error_text(-3)
     assert b"unknown" in cpu_library.clipfast_cpu_error_text(-1000)
+
+
+@pytest.mark.parametrize("dtype", library.DTYPES.values())
+def test_the_peak_is_of_operations_that_were_done(cpu_library, dtype):
+    flops, size = ctypes.c_int64(), ctypes.sizeof(library.PeakArgs)
+    for name, lanes in (("baseline", 4), ("avx2", 8), ("avx512", 16), ("avx512_bf16", 16 + 16 * dtype)):
+        code, steps = library.INSTRUCTIONS[name], 1 << 20
+        if code > cpu_library.clipfast_cpu_best():
+            break
+        start = time.perf_counter()
+        args = library.PeakArgs(size, steps, ctypes.addressof(flops), dtype, 1, code)
+        assert cpu_library.clipfast_cpu_peak(args) == 0
+        # two operations for each of 12 sums in each lane; a loop that the compiler spared itself would take no time
+        assert flops.value == 2 * 12 * lanes * steps
+        assert flops.value / (time.perf_counter() - start) < 6.4e11, name
+    for wrong in ({"steps": -1}, {"flops": None}, {"threads": 0}, {"struct_size": 1}):
+        for field, value in wrong.items():
+            args = library.PeakArgs(size, 1, ctypes.addressof(flops), dtype, 1, 1)
+            setattr(args, field, value)
+            assert cpu_library.clipfast_cpu_peak(args) == -1, field
 
 
 def test_the_form_asked_for_is_the_one_that_runs(monkeypatch):

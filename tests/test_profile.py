@@ -20,14 +20,15 @@ from clipfast.roofline import Work
 
 from .bench_models import TINY, TINY_RESNET, WORDS
 
-CEILINGS = {ceilings.COPY: 1e10, "float32": 1e11, "bfloat16": 2e11}
+RATES = {"float32": 1e11, "bfloat16": 2e11}
+CEILINGS = ceilings.Ceilings({ceilings.COPY: 1e10, **RATES}, dict.fromkeys(RATES, ceilings.PEAK), RATES)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "tiny", WORDS)
-    monkeypatch.setattr(ceilings, "measure", lambda device, dtypes, quick: {n: CEILINGS[n] for n in ("copy", *dtypes)})
+    monkeypatch.setattr(ceilings, "measure", lambda device, dtypes, quick: CEILINGS)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -122,15 +123,15 @@ def test_a_train_step_has_its_backward(model, data):
 
 def test_rows_say_how_far_the_floor_is():
     part = measure.Part("mlp", [0.4, 0.5, 0.6], 2, [Work(2 * 10**10, 10**9, 0)])
-    row = part.row(1.0, CEILINGS, "float32")
+    row = part.row(1.0, CEILINGS.rates, "float32")
     assert (row["seconds"], row["share"], row["floor_s"], row["of_floor"]) == (0.5, 0.5, 0.2, 0.4)
     assert (row["tflops"], row["gb_per_s"], row["bound"]) == (0.04, 2, "compute")
     text = measure.bottleneck([row, {"part": "rest", "seconds": 0.1, "share": 0.1}], "encode_image")
     assert text == (
-        "mlp takes 50% of encode_image, at 40 GFLOP/s: 40% of what this machine's best matrix product allows, "
+        "mlp takes 50% of encode_image, at 40 GFLOP/s: 40% of what this machine's arithmetic allows, "
         "so that up to 300 ms a pass (30%) could be gained."
     )
-    slow = measure.Part("decode", [2.0]).row(4.0, CEILINGS, "float32")
+    slow = measure.Part("decode", [2.0]).row(4.0, CEILINGS.rates, "float32")
     assert measure.bottleneck([row, slow], "files to embeddings") == "decode takes 50% of files to embeddings."
 
 

@@ -61,7 +61,7 @@ def environment(run: Run, budget: Budget) -> None:
 def ceilings(run: Run, budget: Budget) -> None:
     """What this machine gives at best, measured now: every floor below comes from these."""
     torch.set_float32_matmul_precision("highest")
-    run.ceilings |= measured.measure(run.device, ("bfloat16", "float16", "float32"), quick=run.dry)
+    run.ceilings |= measured.measure(run.device, ("bfloat16", "float16", "float32"), quick=run.dry).rates
     for name, value in run.ceilings.items():
         key, scale = ("gb_per_s", 1e9) if name == "copy" else ("tflops", 1e12)
         run.add({"operator": f"ceiling {name}", "status": "ok", key: significant(value / scale)})

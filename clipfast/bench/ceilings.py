@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from ctypes import addressof, c_int64, sizeof
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast import compat, ops
+from clipfast.kernels import cpu_library
 from clipfast.timing import on_device
 
 COPY = "copy"
+# what the ceiling of a dtype was measured by
+PEAK, PRODUCT = "peak of fused multiply-adds", "fastest product measured"
 PLAIN, FUSED, OURS = "F.linear", "oneDNN fused", "clipfast.ops.linear"
 # for one dtype on a CPU
 SECONDS = 6.0
@@ -23,16 +28,56 @@ BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 QUICK_SIZE, QUICK_BYTES = 512, 1 << 22
 
 
-def measure(device: torch.device, dtypes: Iterable[str], *, quick: bool = False) -> dict[str, float]:
-    """ "copy" in bytes/s (read and written), and for each dtype's name FLOP/s of a large square product.
+class Ceilings(NamedTuple):
+    rates: dict[str, float]  # "copy" in bytes/s, read and written; a dtype's name in FLOP/s
+    by: dict[str, str]  # of each dtype, PEAK or PRODUCT
+    products: dict[str, float]  # of each dtype, FLOP/s of the fastest product
 
+
+def measure(device: torch.device, dtypes: Iterable[str], *, quick: bool = False) -> Ceilings:
+    """A copy, and for each dtype's name a large square product; on a CPU also what its arithmetic could do at best.
+
+    A library's product is no ceiling: another product can be faster. Multiply-adds in registers are one, unless the CPU
+    has instructions that the loop does not know (AMX): then the product is faster, and is taken.
     Large, so that everything else is a smaller share: 4096 (a GPU: 8192) each way. quick: small, and worth nothing.
     """
-    found = {COPY: copy_bytes_per_s(device, QUICK_BYTES if quick else BYTES[device.type])}
+    found = Ceilings({COPY: copy_bytes_per_s(device, QUICK_BYTES if quick else BYTES[device.type])}, {}, {})
     for name in dtypes:
-        size = QUICK_SIZE if quick else SIZES[device.type]
-        found[name] = product_flops_per_s(device, getattr(torch, name), size)
+        size, dtype = QUICK_SIZE if quick else SIZES[device.type], getattr(torch, name)
+        product = found.products[name] = product_flops_per_s(device, dtype, size)
+        peak = multiply_adds_per_s(dtype, 0.002 if quick else 0.05) if device.type == "cpu" else 0.0
+        found.rates[name], found.by[name] = max((peak, PEAK), (product, PRODUCT))
     return found
+
+
+def multiply_adds_per_s(dtype: torch.dtype, seconds: float) -> float:
+    """FLOP/s of fused multiply-adds in registers, on PyTorch's threads, in the best form that libclipfast_cpu has.
+
+    A product is no faster in the form's instructions, whoever wrote it. What has no instructions for a dtype widens it
+    and multiplies float32. 0 where the library is missing.
+    seconds: of one loop, at least.
+    """
+    if cpu_library.missing():
+        return 0.0
+    codes = cpu_library.INSTRUCTIONS
+    # not the newest alone: wide registers can slow the clock
+    forms = range(codes["baseline"], codes[cpu_library.best()] + 1)
+    return max(_multiply_adds_per_s(cpu_library.DTYPES.get(dtype, 0), form, seconds) for form in forms)
+
+
+def _multiply_adds_per_s(dtype: int, form: int, seconds: float) -> float:
+    flops, steps = c_int64(), 1000
+
+    def run() -> float:
+        args = (steps, addressof(flops), dtype, torch.get_num_threads(), form)
+        start = time.perf_counter()
+        cpu_library.run("peak", cpu_library.PeakArgs(sizeof(cpu_library.PeakArgs), *args))
+        return time.perf_counter() - start
+
+    while run() < seconds:
+        steps *= 2
+    taken = min(run() for _ in range(5))
+    return flops.value / taken
 
 
 def copy_bytes_per_s(device: torch.device, n_bytes: int) -> float:

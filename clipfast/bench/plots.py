@@ -10,7 +10,7 @@ from typing import Any
 from clipfast import roofline
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import peers
-from clipfast.bench.ceilings import COPY
+from clipfast.bench.ceilings import COPY, PRODUCT
 from clipfast.bench.harness import Row
 from clipfast.files import write_picture
 
@@ -31,9 +31,10 @@ _MARKS = "osD^vP*Xhd"
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def draw(rows: Sequence[Row], ceilings: Mapping[str, float], stem: Path) -> list[Path]:
+def draw(rows: Sequence[Row], ceilings: Mapping[str, float], by: Mapping[str, str], stem: Path) -> list[Path]:
     """<stem>-throughput, -ratios and -roofline, each .png and .svg; nothing where nothing was timed.
 
+    by: what the ceilings of the dtypes were measured by; the fastest product where it does not say.
     Raises: ImportError without matplotlib.
     """
     import matplotlib
@@ -46,7 +47,7 @@ def draw(rows: Sequence[Row], ceilings: Mapping[str, float], stem: Path) -> list
         return []
     pictures = {"throughput": throughput(timed), "ratios": ratios(timed)}
     if ceilings:
-        pictures["roofline"] = points(timed, ceilings)
+        pictures["roofline"] = points(timed, ceilings, by)
     written = []
     for name, figure in pictures.items():
         for kind in ("png", "svg"):
@@ -128,7 +129,7 @@ def ratios(rows: Sequence[Row]):
     return figure
 
 
-def points(rows: Sequence[Row], ceilings: Mapping[str, float]):
+def points(rows: Sequence[Row], ceilings: Mapping[str, float], by: Mapping[str, str]):
     """Achieved rate of the least work over its operations per byte, under the two ceilings of each dtype."""
 
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows if row["dtype"] in ceilings))
@@ -153,7 +154,8 @@ def points(rows: Sequence[Row], ceilings: Mapping[str, float]):
         knee = ceilings[dtype] / ceilings[COPY]
         xs = sorted({low, min(max(knee, low), high), high})
         roof = [min(ceilings[dtype], x * ceilings[COPY]) / 1e9 for x in xs]
-        axis.plot(xs, roof, color="black", label="ceilings measured here")
+        what = f"ceilings: copy of memory (caches are faster), {by.get(dtype, PRODUCT)}"
+        axis.plot(xs, roof, color="black", label=what)
         title = f"{dtype}: {ceilings[dtype] / 1e9:.0f} GFLOP/s, {ceilings[COPY] / 1e9:.0f} GB/s"
         axis.set(xscale="log", yscale="log", title=title, xlabel="least operations per least byte", ylabel="GFLOP/s")
         axis.grid(alpha=0.3)

@@ -269,7 +269,10 @@ def draw(folder: Path) -> list[Path]:
         facts = (folder / name).with_suffix(".json")
         if facts.is_file():
             rows = [row for row in read(folder) if row["file"] == name]
-            written += plots.draw(rows, json.loads(facts.read_text())["ceilings"], (folder / name).with_suffix(""))
+            found = json.loads(facts.read_text())
+            # older files have the fastest products, and do not say so
+            by = found.get("ceilings_by", {})
+            written += plots.draw(rows, found["ceilings"], by, (folder / name).with_suffix(""))
     return written
 
 

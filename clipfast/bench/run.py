@@ -27,7 +27,7 @@ from clipfast.words import counted
 COLUMNS = (
     *(*environment.ENVIRONMENT, "device", "mhz", "model", "tower", "dtype", "batch", "captions", "mean_length"),
     *("contestant", "version", "status", *harness.TIMES, *harness.TAIL, "prepare_s", "samples_per_s"),
-    *("vs_openai", "vs_transformers", "gflop_per_sample", "gflops", "ceiling_gflops", "share_of_ceiling"),
+    *("vs_openai", "vs_transformers", "gflop_per_sample", "gflops", "ceiling_gflops", "ceiling_by", "share_of_ceiling"),
     *("floor_s", "of_floor", "cos_gap_p99", "rel_rms", "rms_vs_openai", "rel_max", "warning", "note", "seconds"),
 )
 START_COLUMNS = (
@@ -54,7 +54,7 @@ class Run:
         self.rows: list[Row] = []
         self.clocks: list[Row] = []
         self.start_rows: list[Row] = []
-        self.ceilings: dict[str, float] = {}
+        self.ceilings = ceilings.Ceilings({}, {}, {})
         known = peers.known()
         self.peers = [known[name] for name in options.peers]
         self.missing: dict[str, str] = {}  # peer -> why, in this model and dtype
@@ -72,7 +72,7 @@ class Run:
             for tower in options.towers
             for batch in options.batch
         ]
-        self.costs = plan.Costs(self.ceilings, ARCHITECTURES)
+        self.costs = plan.Costs(self.ceilings.products, ARCHITECTURES)
         self.exact = Exact(self.costs, self.groups, options.captions)
         self.path = self._open()
 
@@ -118,7 +118,8 @@ class Run:
         self.bar.say("ceilings: a copy, and a matrix product in each dtype")
         self.clocks.append({"at": "start", **environment.clock(self.device)})
         dtypes = dict.fromkeys(("float32", *self.options.dtypes))
-        self.ceilings |= ceilings.measure(self.device, dtypes, quick=self.options.quick)
+        self.ceilings = ceilings.measure(self.device, dtypes, quick=self.options.quick)
+        self.costs.ceilings = self.ceilings.products
         self.bar.clear()
         print(tables.ceilings(self.ceilings))
         print(tables.LEGEND)
@@ -351,7 +352,8 @@ class Run:
             "options": options,
             "environment": self.facts,
             "peers": {peer.name: peers.version(peer) for peer in self.peers},
-            "ceilings": {name: significant(value) for name, value in self.ceilings.items()},
+            "ceilings": {name: significant(value) for name, value in self.ceilings.rates.items()},
+            "ceilings_by": self.ceilings.by,
             "clocks": self.clocks,
             "start": self.start_rows,
             "rows": self.rows,
@@ -364,6 +366,6 @@ class Run:
         from clipfast.bench import plots
 
         try:
-            self.written += plots.draw(self.rows, self.ceilings, self.path.with_suffix(""))
+            self.written += plots.draw(self.rows, self.ceilings.rates, self.ceilings.by, self.path.with_suffix(""))
         except ImportError as error:
             print(f"no pictures: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from clipfast import roofline
 from clipfast.bench import peers
-from clipfast.bench.ceilings import COPY
+from clipfast.bench.ceilings import COPY, PRODUCT, Ceilings
 from clipfast.bench.harness import Row, significant
 from clipfast.bench.output import cell, print_table
 from clipfast.bench.plan import Group
@@ -22,14 +22,14 @@ of floor: the time below which the least work cannot be done at the ceilings abo
 
 
 def add_rates(
-    rows: Mapping[str, Row], group: Group, flops: int, works: Sequence[roofline.Work], ceilings: Mapping[str, float]
+    rows: Mapping[str, Row], group: Group, flops: int, works: Sequence[roofline.Work], ceilings: Ceilings
 ) -> None:
     """Throughput, ratios and shares, from the medians and errors in the rows themselves.
 
     flops: of openai/CLIP, for the batch.   works: the least work for the batch.
     """
     first, second = rows.get(peers.OPENAI, {}), rows.get(peers.TRANSFORMERS[group.tower], {})
-    ceiling = ceilings.get(group.dtype)
+    ceiling = ceilings.rates.get(group.dtype)
     for row in rows.values():
         row["gflop_per_sample"] = significant(flops / group.batch / 1e9)
         if first.get("rel_rms") and "rel_rms" in row:
@@ -39,8 +39,8 @@ def add_rates(
         row["samples_per_s"] = significant(group.batch / row["median_s"])
         row["gflops"] = significant(flops / row["median_s"] / 1e9)
         if ceiling:
-            floor = roofline.seconds(works, ceiling, ceilings[COPY])
-            row["ceiling_gflops"] = significant(ceiling / 1e9)
+            floor = roofline.seconds(works, ceiling, ceilings.rates[COPY])
+            row |= {"ceiling_gflops": significant(ceiling / 1e9), "ceiling_by": ceilings.by[group.dtype]}
             row["share_of_ceiling"] = significant(flops / row["median_s"] / ceiling)
             row |= {"floor_s": significant(floor), "of_floor": significant(floor / row["median_s"])}
         for column, other in (("vs_openai", first), ("vs_transformers", second)):
@@ -84,12 +84,12 @@ def print_group(title: str, rows: Mapping[str, Row], missing: Mapping[str, str])
     print_table(title, header, (line(name, row) for name, row in shown.items()), notes)
 
 
-def ceilings(found: Mapping[str, float]) -> str:
+def ceilings(found: Ceilings) -> str:
     """One line."""
-    parts = (
-        f"copy {value / 1e9:.3g} GB/s" if name == COPY else f"{name} product {value / 1e9:.4g} GFLOP/s"
-        for name, value in found.items()
-    )
+    parts = [f"copy {found.rates[COPY] / 1e9:.3g} GB/s"]
+    for name, by in found.by.items():
+        product = f", fastest product {found.products[name] / 1e9:.4g}" if by != PRODUCT else ""
+        parts.append(f"{name} {found.rates[name] / 1e9:.4g} GFLOP/s ({by}{product})")
     return "ceilings: " + ", ".join(parts)
 
 

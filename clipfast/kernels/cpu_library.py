@@ -45,14 +45,25 @@ class LinearArgs(Structure):
     ]
 
 
+class PeakArgs(Structure):
+    """clipfast_cpu_peak_args"""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("struct_size", "steps")),
+        ("flops", c_void_p),
+        *((name, c_int32) for name in ("dtype", "threads", "instructions")),
+    ]
+
+
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
-    2,  # CLIPFAST_CPU_ABI_VERSION
+    3,  # CLIPFAST_CPU_ABI_VERSION
     {
         "clipfast_cpu_best": (c_int, ()),
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),
         "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
+        "clipfast_cpu_peak": (c_int, (POINTER(PeakArgs),)),
     },
     switch="CLIPFAST_CPU",
     needs="GCC 11 or later",

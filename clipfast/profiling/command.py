@@ -98,11 +98,11 @@ def _step(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module,
 
 
 def _report(
-    found: measure.Profile, ceiling: Mapping[str, float], options: argparse.Namespace, notes: list[str]
+    found: measure.Profile, ceiling: ceilings.Ceilings, options: argparse.Namespace, notes: list[str]
 ) -> dict[str, list[Row]]:
     """Print the tables; returns their rows by kind."""
     rows = {
-        kind: [part.row(found.profiled, ceiling, options.dtype) for part in parts]
+        kind: [part.row(found.profiled, ceiling.rates, options.dtype) for part in parts]
         for kind, parts in (("operator", found.operators), ("layer", found.layers))
     }
     what = {"image": "encode_image", "text": "encode_text", "train": "a train step", "files": "files to embeddings"}
@@ -136,7 +136,7 @@ def line(row: Row) -> tuple[str, ...]:
 def _write(
     found: measure.Profile,
     rows: Mapping[str, list[Row]],
-    ceiling: Mapping[str, float],
+    ceiling: ceilings.Ceilings,
     facts: Row,
     options: argparse.Namespace,
     written: list[Path],
@@ -149,7 +149,8 @@ def _write(
     )
     whole = {
         "environment": shared,
-        "ceilings": {name: significant(value) for name, value in ceiling.items()},
+        "ceilings": {name: significant(value) for name, value in ceiling.rates.items()},
+        "ceilings_by": ceiling.by,
         "pass_s": significant(found.plain),
         "profiled_pass_s": significant(found.profiled),
         "bottleneck": measure.bottleneck(rows["operator"], options.what),

@@ -194,4 +194,4 @@ def bottleneck(rows: Sequence[Row], what: str) -> str:
     return f"{text}, so that up to {gain * 1e3:.3g} ms a pass ({share:.0%}) could be gained."
 
 
-_CEILING = {"compute": "best matrix product", "memory": "memory"}
+_CEILING = {"compute": "arithmetic", "memory": "memory"}
