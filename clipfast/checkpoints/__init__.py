@@ -127,7 +127,7 @@ def load(
         model.float()
     else:
         convert_weights(model, *([] if dtype == torch.float16 else [dtype]))
-    if dtype == torch.bfloat16 and device.type == "cpu":
+    if dtype == torch.bfloat16 and torch.device(device).type == "cpu":
         warn_of_emulation()
     resolution: Any = model.visual.input_resolution
     return model.to(device).eval(), clip._transform(resolution)
