@@ -145,6 +145,10 @@ class AttentionPool2d(nn.Module):
         )[0][0]
 
 
+# a program's own needs no positions
+_POOL = AttentionPool2d.forward
+
+
 def _rounds_strictly(x: Tensor) -> bool:
     """float32 on a CPU, with PyTorch's default "highest" precision: no short cut here that rounds more.
 
@@ -206,7 +210,8 @@ class ModifiedResNet(nn.Module):
         x = self.relu3(self.bn3(self.conv3(x)))
         x = self.avgpool(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        if isinstance(self.attnpool, AttentionPool2d):
+        pool = self.attnpool
+        if type(pool) is AttentionPool2d and "forward" not in vars(pool) and AttentionPool2d.forward is _POOL:
             places = x.shape[2] * x.shape[3] + 1
-            check_places(images, places, self.attnpool.positional_embedding, self.input_resolution, 32)
+            check_places(images, places, pool.positional_embedding, self.input_resolution, 32)
         return self.attnpool(x)

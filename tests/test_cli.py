@@ -187,19 +187,22 @@ def test_demo_plain_contestant_calls_every_module(monkeypatch):
     images, text = torch.randn(2, 3, 64, 64), clipfast.tokenize(["a", "a longer text"])
     _, (ours, plain, *_), _ = photographs.contestants(torch.device("cpu"), images, text)
     lengths: list[int] = []
-    attend = F.multi_head_attention_forward
+    attend = F.multi_head_attention_forward.__code__
 
-    def counting(query, *args, **kwargs):
-        lengths.append(len(query))
-        return attend(query, *args, **kwargs)
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code is attend:
+            lengths.append(len(frame.f_locals["query"]))
 
-    # what nn.MultiheadAttention calls; a patch of the class itself would be noticed, and send ours the long way too
-    monkeypatch.setattr(F, "multi_head_attention_forward", counting)
-    with torch.no_grad():
-        for one, expected_lengths in ((ours, []), (plain, [5, 5, 77, 77, 77])):
-            lengths.clear()
-            one.encode_image(images), one.encode_text(text)
-            assert lengths == expected_lengths, one.name
+    # watched from outside: a function put in its place would be noticed, and send ours the long way too
+    for one, expected_lengths in ((ours, []), (plain, [5, 5, 77, 77, 77])):
+        lengths.clear()
+        sys.setprofile(profile)
+        try:
+            with torch.no_grad():
+                one.encode_image(images), one.encode_text(text)
+        finally:
+            sys.setprofile(None)
+        assert lengths == expected_lengths, one.name
 
 
 # ---- classify ----

@@ -22,7 +22,7 @@ HERE = "clipfast/compat.py"
 # (file, name) of private names that are not PyTorch's, or are more than that
 ELSEWHERE = {
     # Triton's, and the only file that touches its interpreter
-    ("clipfast/kernels/interpreter.py", "_get_np_dtype"),
+    *(("clipfast/kernels/interpreter.py", name) for name in ("_get_np_dtype", "_patch_attr")),
     # the standard library's: a process that a GPU holds ends by no other way
     ("benchmarks/gpu/stages.py", "_exit"),
     # set on an object of ours, and a plain attribute of a state dict

@@ -237,7 +237,7 @@ def test_the_variable_holds_every_call_to_a_form(switch, monkeypatch):
         assert library.INSTRUCTIONS[library.best()] == ran.pop() == ran.pop()
         assert (runs_on("linear")[0] == "onednn") == (library.best() == "baseline")
     switch("baseline")
-    assert "runs as baseline (set by CLIPFAST_CPU_INSTRUCTIONS)" in doctor.report()
+    assert "run with baseline (set by CLIPFAST_CPU_INSTRUCTIONS)" in doctor.report()
 
 
 @pytest.mark.parametrize(("name", "why"), [("avx3", "that is unknown"), ("avx2", "this CPU or build has not")])

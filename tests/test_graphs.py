@@ -205,7 +205,7 @@ def test_recordings_do_not_keep_a_model_nor_travel_with_it(model, device, monkey
 
 
 def test_a_refused_input_leaves_no_recording(model, device):
-    with pytest.raises(ValueError, match="give 1 x 1 patches"):
+    with pytest.raises(ValueError, match="images are 8 x 8, but the model wants 16 x 16"):
         model.encode_image(torch.zeros(1, 3, 8, 8, device=device))
     assert not graphs._models[model].entries
     images = make_images(SIZES, 1).to(device)
