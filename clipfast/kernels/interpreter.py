@@ -2,9 +2,10 @@
 
 Of bfloat16 it keeps the bits as uint16, multiplies them as integers in a dot, and cuts float32 off instead of rounding
 it to nearest as a GPU does (Triton 3.2 to 3.9). Up to 3.6 it makes an int of a loop's end in a way that NumPy 2.4 no
-longer allows; in 3.2 a transposed block is no block. Inline assembly it has none of: each instruction that our kernels
-use is here as its documentation has it. And it looks through all of Triton's language at each call of a device
-function, a good part of its time. Imported only where the interpreter is on; a GPU never sees this.
+longer allows; in 3.2 a transposed block is no block; in 3.4 and 3.5 the rows of a tensor descriptor must be multiples
+of 16 elements, not bytes. Inline assembly it has none of: each instruction that our kernels use is here as its
+documentation has it. And it looks through all of Triton's language at each call of a device function, a good part of
+its time. Imported only where the interpreter is on; a GPU never sees this.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -104,8 +106,16 @@ def _patch_lang_tensor_rightly(tensor, *scope):
     tensor.T = property(_transposed)
 
 
+def _validate_descriptor(self):
+    itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
+    *rows, last = (stride.data.item() for stride in self.strides)
+    assert self.base.data.item() % 16 == 0 and last == 1 and all(stride * itemsize % 16 == 0 for stride in rows)
+
+
 def install() -> None:
     """Corrects the interpreter of this process."""
+    if triton.__version__.startswith(("3.4.", "3.5.")):
+        interpreter.TensorDescHandle.validate = _validate_descriptor
     interpreter._patch_lang_tensor = _patch_lang_tensor_rightly
     InterpreterBuilder.create_dot = _create_dot
     InterpreterBuilder.cast_impl = _cast_impl
