@@ -41,7 +41,7 @@ from clipfast.inputs import (
 )
 from clipfast.packing import PackedText, Rows, pack_text
 from clipfast.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
-from clipfast.watch import FUNCTIONS, as_made, looked_at, plain, still_as_made
+from clipfast.watch import CALLS, FUNCTIONS, as_made, looked_at, plain, still_as_made
 
 __all__ = [
     "CLIP",
@@ -603,9 +603,9 @@ class _MADE:
     vision_transformer = VisionTransformer
 
 
-for _kind in (LayerNorm, QuickGELU, Transformer):
-    FUNCTIONS.add_ours(_kind, "forward")
-FUNCTIONS.add_ours(ResidualAttentionBlock, "forward", "attention")
+for _kind in (LayerNorm, QuickGELU, ResidualAttentionBlock, Transformer, VisionTransformer):
+    FUNCTIONS.add_ours(_kind, *CALLS)
+FUNCTIONS.add_ours(ResidualAttentionBlock, "attention")
 
 _ACTIVATIONS: dict[str, type[nn.Module] | None] = {"quick_gelu": None, "gelu": nn.GELU}
 

@@ -4,13 +4,15 @@ A tower's short way reads the weights and calls none of its modules. It gives op
 module is what its constructor made it and nobody has put another function where openai/CLIP would call PyTorch's. So
 this is asked on each call, and the answer follows at once. What it costs an encode is counted by a test.
 
-The first time a tower is looked through from top to bottom. From then on it is enough that everything is still the very
-same object: a comparison without a Python call for each module.
+The first time a tower is looked through from top to bottom. From then on every object that was found must still be in
+its place: a comparison in C, without a Python call for each module. What nobody can see so is code put into a function
+that stays the same object (`forward.__code__ = ...`).
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import types
 from collections.abc import Callable, Iterable
 from operator import is_, itemgetter
@@ -33,7 +35,7 @@ from clipfast import compat, dispatch
 # Functions that openai/CLIP looks up on each call
 
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 _NATIVE = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
@@ -54,8 +56,10 @@ class Functions:
     def add(self, owner: Any, *names: str) -> None:
         """PyTorch's own; what replaces one already is taken for a change."""
         for name in names:
-            function = getattr(owner, name)
-            self._add(owner, name, function if _is_pytorchs(function) else None)
+            # what a PyTorch has not it does not call
+            function = getattr(owner, name, None)
+            if hasattr(owner, name):
+                self._add(owner, name, function if _is_pytorchs(function) else None)
 
     def add_ours(self, owner: type, *names: str) -> None:
         for name in names:
@@ -80,32 +84,25 @@ class Functions:
         return True
 
 
-# everything by name that the forward pass of openai/CLIP's transformers and PyTorch's modules in them call
+# what the forward pass of openai/CLIP's transformers, and PyTorch's modules in them, look up by name
 FUNCTIONS = Functions()
 FUNCTIONS.add(torch, "arange", "baddbmm", "bmm", "cat", "embedding", "layer_norm", "matmul", "sigmoid", "zeros")
 FUNCTIONS.add(
-    F,
-    "_in_projection_packed",
-    "conv2d",
-    "dropout",
-    "embedding",
-    "gelu",
-    "layer_norm",
-    "linear",
-    "multi_head_attention_forward",
-    "scaled_dot_product_attention",
-    "softmax",
-)
-FUNCTIONS.add(
-    Tensor, "__add__", "__getitem__", "__matmul__", "__mul__", "__rmul__", "__truediv__", "argmax", "exp", "matmul",
-    "norm", "permute", "reshape", "t", "to", "transpose", "type", "view",
+    F, "_canonical_mask", "_in_projection_packed", "_mha_shape_check", "conv2d", "dropout", "embedding", "gelu",
+    "layer_norm", "linear", "multi_head_attention_forward", "scaled_dot_product_attention", "softmax",
 )  # fmt: skip
-FUNCTIONS.add(nn.Module, "__call__", "__getattr__", "_call_impl")
+FUNCTIONS.add(
+    Tensor, "__add__", "__getitem__", "__matmul__", "__mul__", "__rmul__", "__truediv__", "argmax", "contiguous", "exp",
+    "expand", "flatten", "matmul", "norm", "permute", "reshape", "squeeze", "t", "to", "transpose", "type", "unflatten",
+    "unsqueeze", "view",
+)  # fmt: skip
+CALLS = ("__call__", "_call_impl", "_compiled_call_impl", "forward")
+FUNCTIONS.add(nn.Module, "__getattr__")
 FUNCTIONS.add(Conv2d, "_conv_forward")
 for _kind in (
     Conv2d, Embedding, GELU, LayerNorm, Linear, MultiheadAttention, NonDynamicallyQuantizableLinear, Sequential
 ):  # fmt: skip
-    FUNCTIONS.add(_kind, "forward")
+    FUNCTIONS.add(_kind, *CALLS)
 
 
 def looked_at() -> bool:
@@ -129,9 +126,9 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARAMETERS = itemgetter("_parameters")
+_TENSORS = itemgetter("_parameters", "_buffers")
 # put into a module itself, a method of these names goes before its class's
-_METHODS = frozenset({"attention", "forward", "_call_impl", "_conv_forward"})
+_METHODS = frozenset({"attention", "forward", "_call_impl", "_compiled_call_impl", "_conv_forward"})
 
 
 def as_made(module: nn.Module | None, kind: type[nn.Module], *weights: str) -> bool:
@@ -164,8 +161,8 @@ def still_as_made(module: nn.Module, parts: Callable[[], list[nn.Module] | None]
 class _Record:
     """Modules as they are now, in a form that is quickly compared with what they are later.
 
-    Another attribute, one more or less, another child, a hook, a parameter of another class or none: each is a change.
-    What parameters hold is none.
+    Another attribute, one more or less, another child or another order of them, a hook, a parameter or buffer of a new
+    class: each is a change. What parameters hold is none.
     """
 
     def __init__(self, of: dict[str, Any], modules: list[nn.Module]) -> None:
@@ -173,15 +170,18 @@ class _Record:
         self.modules = modules
         self.classes = [type(module) for module in modules]
         self.attributes = [of, *map(vars, modules)]
-        self.parameters = self._parameter_classes()
+        self.tensors = self._tensor_classes()
         self.dictionaries: list[Any] = []
         self.keys: list[str] = []
         self.values: list[Any] = []
         for attributes in self.attributes:
-            self._keep(attributes, [n for n in attributes if n in _PRIVATE or not n.startswith("_")])
+            self._keep(attributes, [n for n in attributes if n in _PRIVATE or not (n.startswith("_") or n in _UNREAD)])
             self._keep(attributes["_modules"], attributes["_modules"])
-        self.sized = [*self.attributes, *(attributes["_modules"] for attributes in self.attributes)]
-        self.sizes = [*map(len, self.sized)]
+        for module in modules:
+            self._keep(vars(module), [name for name in _METHODS if hasattr(module, name)])
+        self.sizes = [*map(len, self.attributes)]
+        self.children = [attributes["_modules"] for attributes in self.attributes]
+        self.order = [*map(tuple, self.children)]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple]:
         """A copy of the module, and what is read back from a file, is looked through anew."""
@@ -191,26 +191,30 @@ class _Record:
         for name in names:
             self.dictionaries.append(dictionary)
             self.keys.append(name)
-            self.values.append(dictionary[name])
+            self.values.append(dictionary.get(name, _GONE))
 
-    def _parameter_classes(self) -> list[type]:
-        parameters = map(dict.values, map(_PARAMETERS, self.attributes))
-        return [*map(type, itertools.chain.from_iterable(parameters))]
+    def _tensor_classes(self) -> list[type]:
+        chained = itertools.chain.from_iterable
+        return [*map(type, chained(map(dict.values, chained(map(_TENSORS, self.attributes)))))]
 
     def unchanged(self) -> bool:
-        # in this form none of the comparisons is a call of Python's
+        # `map` and its functions run in C: no frame of Python's for each module
         return (
-            all(map(is_, map(dict.get, self.dictionaries, self.keys, itertools.repeat(_GONE)), self.values))
-            and [*map(len, self.sized)] == self.sizes
+            all(map(is_, map(vars, self.modules), self.attributes[1:]))
+            and all(map(is_, map(dict.get, self.dictionaries, self.keys, itertools.repeat(_GONE)), self.values))
+            and [*map(len, self.attributes)] == self.sizes
+            and [*map(tuple, self.children)] == self.order
             and not any(itertools.chain.from_iterable(map(_HOOKS, self.attributes[1:])))
             and all(map(is_, map(type, self.modules), self.classes))
-            and self._parameter_classes() == self.parameters
+            and self._tensor_classes() == self.tensors
         )
 
 
 _GONE = object()
 # what forward passes read of a module's own names
 _PRIVATE = frozenset({"_modules", "_qkv_same_embed_dim"})
+# and what neither they nor the short way read, or the short way reads on each call
+_UNREAD = frozenset({"elementwise_affine", "eps", "head_dim", "in_features", "kdim", "out_features", "vdim"})
 
 
 def _nothing() -> None:

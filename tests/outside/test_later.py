@@ -1,0 +1,91 @@
+"""Changes made after a first encode: what was found then must not be taken for granted."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from ..clips import VIT, make_trio
+from .habits import assert_habit, embed, scaled, unchanged
+
+
+def _blocks(m):
+    return [*m.transformer.resblocks, *m.visual.transformer.resblocks]
+
+
+def _last_again(block):
+    gelu = block.mlp.gelu
+    del block.mlp.gelu
+    block.mlp.gelu = gelu  # the same modules in another order
+
+
+def _other_dictionary(block):
+    block.ln_1.__dict__ = {**vars(block.ln_1), "forward": scaled(block.ln_1.forward)}
+
+
+def _as_long_as_before(block):
+    del vars(block.ln_1)["_is_full_backward_hook"]
+    block.ln_1.forward = scaled(block.ln_1.forward)
+
+
+def _other_hooks(block):
+    block.ln_1._forward_hooks = OrderedDict({0: lambda module, args, out: 1.25 * out})
+
+
+def _compiled_call(block):
+    block.ln_1._compiled_call_impl = scaled(block.ln_1._call_impl)
+
+
+def _other_child(block):
+    block._modules["mlp"] = nn.Sequential(block.mlp.c_fc, nn.ReLU(), block.mlp.c_proj)
+
+
+def _class(block):
+    block.ln_1.__class__ = type("Norm", (type(block.ln_1),), {"forward": scaled(type(block.ln_1).forward)})
+
+
+def _heads(block):
+    block.attn.num_heads = 4
+
+
+CHANGES = {
+    change.__name__.strip("_"): change
+    for change in (
+        _last_again, _other_dictionary, _as_long_as_before, _other_hooks, _compiled_call, _other_child, _class, _heads
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_after_the_first_encode(name):
+    trio = make_trio(VIT)
+    with torch.no_grad():
+        for model in trio:
+            embed(model), embed(model)
+            for block in _blocks(model):
+                CHANGES[name](block)
+    assert_habit(trio, VIT)
+
+
+CALLS = {
+    f"{kind.__name__}.{name}": (kind, name)
+    for kind in (nn.Linear, nn.LayerNorm, nn.Sequential, nn.MultiheadAttention)
+    for name in ("__call__", "_call_impl")
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_call_of_one_class_replaced(name, monkeypatch):
+    """Which has none of its own, but inherits nn.Module's."""
+    kind, attribute = CALLS[name]
+    unchanged(VIT)
+    trio = make_trio(VIT)
+    with torch.no_grad():
+        [embed(model) for model in trio]
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, attribute, scaled(getattr(kind, attribute)))
+        assert_habit(trio, VIT)
+    assert_habit(trio, VIT, changes=())
