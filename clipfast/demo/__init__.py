@@ -22,7 +22,7 @@ from clipfast.model import CLIP
 
 __all__ = ["run"]
 
-STEPS, ACCURACY = 1000, 0.95
+STEPS, ACCURACY = 700, 0.95
 QUICK_STEPS, QUICK_ACCURACY = 150, 0.75
 # the bound for whole models in float32
 LARGEST_GAP = 1e-6
