@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: build, check, time, and a short table last.
 
-    python3 -m benchmarks.gpu [--out DIR] [--minutes 9] [--only STAGE] [--dry-run]
+    python3 -m benchmarks.gpu [--out DIR] [--minutes 9] [--only STAGE] [--built] [--dry-run]
 
 It needs no network and no virtual environment, sets no clock and no limit of the GPU, writes each row of its CSV as it
 is measured, and ends in time: what does not fit is named. Exit status 1 if anything computed the wrong thing, 2 without
@@ -26,6 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for results and logs (default: benchmarks/results)")
     parser.add_argument("--minutes", type=float, default=9, help="end within this time (default %(default)s)")
     parser.add_argument("--only", choices=(*STAGES, *PARTS), help="one stage, and what it cannot do without")
+    parser.add_argument("--built", action="store_true", help="csrc is built already: take the library that is there")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: does every stage run?")
     parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -27,6 +27,9 @@ GRACE = 5
 
 def build(run: Run, budget: Budget) -> None:
     """csrc with CMake, where nvcc is; without it the package runs on Triton alone."""
+    if run.options.built and not native.missing():
+        run.note("csrc was built before")
+        return
     missing = [tool for tool in ("cmake", "nvcc") if (on_path(tool) if tool == "cmake" else nvcc()) is None]
     if run.dry or missing or not (ROOT / "CMakeLists.txt").exists():
         why = "a dry run builds nothing" if run.dry else f"not here: {', '.join(missing) or 'CMakeLists.txt'}"
