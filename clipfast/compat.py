@@ -28,6 +28,7 @@ class Private(NamedTuple):
     since: str = "2.6"  # the first release that has it; "2.6" also for older ones, since clipfast needs 2.6
     until: str | None = None  # the first release that has it no longer; None while the newest one has it
     inline: bool = False  # an attribute, read where it is needed: a call around each read would cost too much
+    cuda: bool = False  # only a PyTorch that is built with CUDA has it, and only that needs it
 
 
 _LONG_WAY = "every call goes the long way, at openai/CLIP's speed"
@@ -72,6 +73,7 @@ PRIVATE = (
     Private("ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "training", "PyTorch's own gradients"),
     Private("cpu._is_amx_tile_supported", "which bfloat16 product is faster?", "a CPU counts as one without AMX"),
     Private("cpu._is_avx512_bf16_supported", "is bfloat16 emulated?", "a CPU counts as one without AVX512_BF16"),
+    Private("_C._cuda_clearCublasWorkspaces", "cuBLAS in a CUDA graph", "its memory may be shared", cuda=True),
     Private("cuda._sleep", "holds a GPU while what is timed is enqueued", "timings of a GPU hold the launch's way"),
 )
 # Names that are not looked up, but set on objects of ours for PyTorch to find.
@@ -94,7 +96,9 @@ def missing() -> list[Private]:
     return [
         entry
         for entry in PRIVATE
-        if find(entry.name) is None and not (entry.inline and hasattr(module, entry.name.rpartition(".")[2]))
+        if not (entry.cuda and torch.version.cuda is None)
+        and find(entry.name) is None
+        and not (entry.inline and hasattr(module, entry.name.rpartition(".")[2]))
     ]
 
 
@@ -193,6 +197,11 @@ def cpu_has_amx() -> bool:
 
 def cpu_has_avx512_bf16() -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def clear_cublas_workspaces() -> None:
+    """cuBLAS takes new memory for its next call: in a CUDA graph, of the graph's pool."""
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
 
 
 def hold_gpu(cycles: int) -> None:

@@ -1,13 +1,12 @@
-"""CUDA graphs for small batches: a tower's hundred launches recorded once and replayed as one.
+"""CUDA graphs: a tower's hundred launches recorded once and replayed as one.
 
-A small batch takes a GPU less time than a CPU needs to launch its kernels. So encode_image and encode_text of at most
-MAX_BATCH samples, without gradients, record their launches the first time they see a shape and replay them from then
-on: the same kernels in the same order, hence the same numbers. `model.cuda_graphs = False` turns it off.
+A batch that does not fill a GPU takes it less time than a CPU needs to launch its kernels. So encode_image and
+encode_text, without gradients, record their launches the first time they see a shape and replay them from then on: the
+same kernels in the same order, hence the same numbers. Batches with more than MAX_ACTIVATIONS bytes of activations are
+launched one by one: they take longer than their launches. `model.cuda_graphs = False` turns it off.
 
 A graph reads its inputs, the model's weights and the plans of its attention by address. Inputs and plans are copied to
 where it reads them; weights edited in place are seen; weights moved elsewhere (`.to`, `.data = `) discard the graphs.
-
-Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -21,16 +20,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipfast import dispatch
+from clipfast import compat, dispatch
 from clipfast.packing import PackedText, Rows, map_tensors
+from clipfast.watch import parameters_of
 
 if TYPE_CHECKING:
     from clipfast.model import CLIP
 
-MAX_BATCH = 32
-# of one model, over all its graphs; past either, all are discarded and recording starts anew
+# of one batch: what a block holds at once, ten times its input (normalised, queries, keys and values, the MLP's hidden)
+MAX_ACTIVATIONS = 1 << 30
+ACTIVATIONS = 10
+# of one model, over all its graphs. Past the first the one that was used longest ago goes; past the second, or past an
+# eighth of the GPU's memory, all go, since they share it, and recording starts anew.
 MAX_GRAPHS = 64
-MAX_BYTES = 1 << 30
+MAX_BYTES = 4 << 30
 
 
 class Recording(NamedTuple):
@@ -47,10 +50,16 @@ def record(function: Callable[[], Tensor], device: torch.device, pool: Any) -> R
         for _ in range(2):
             function()
     current.wait_stream(side)
+    # torch.cuda.graph empties the cache too, and what it frees is not to be counted
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(device)
+    # cuBLAS keeps its workspace from call to call: that of the capture belongs to the graph's memory, and no other does
+    compat.clear_cublas_workspaces()
     # thread_local: what other threads do on the GPU meanwhile is no error
     with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         output = function()
+    compat.clear_cublas_workspaces()
     return Recording(graph.replay, output, torch.cuda.memory_reserved(device) - before)
 
 
@@ -66,7 +75,7 @@ class Graphs:
     def __init__(self) -> None:
         self.entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self.makers: dict[Hashable, dict[Hashable, Callable[[Rows], Any]]] = {}
-        self.addresses: list[int] = []
+        self.addresses: dict[str, list[int]] = {}
         self.lock = threading.Lock()
         self.discard()
 
@@ -77,20 +86,30 @@ class Graphs:
         self.pool: Any = None
         self.replayed: Any = None  # the event after the last replay
 
-    def follow(self, model: nn.Module) -> None:
-        """Discards the recordings if a parameter or buffer is no longer where they read it."""
-        addresses: list[int] = []
-        _collect_addresses(model, addresses)
-        if addresses != self.addresses:
+    def follow(self, tower: str, *modules: nn.Module) -> None:
+        """Discards the recordings if a parameter of a tower's modules is no longer where they read it.
+
+        modules: found to be as they were made (`clipfast.watch`), so that their records name everything inside.
+        """
+        addresses = [
+            parameter.data_ptr()
+            for module in modules
+            for parameters in parameters_of(module)
+            for parameter in parameters.values()
+            if parameter is not None
+        ]
+        if addresses != self.addresses.setdefault(tower, addresses):
             self.discard()
-            self.addresses = addresses
+            self.addresses = {tower: addresses}
 
     def add(
         self, key: Hashable, function: Callable[[], Tensor], inputs: tuple[Tensor, ...], rows: Rows | None
     ) -> Entry:
-        if len(self.entries) >= MAX_GRAPHS or self.n_bytes >= MAX_BYTES:
-            self.discard()
         device = inputs[0].device
+        if self.n_bytes >= _most_bytes(device):
+            self.discard()
+        while len(self.entries) >= MAX_GRAPHS:
+            self.entries.popitem(last=False)
         if self.pool is None and device.type == "cuda":
             self.pool = torch.cuda.graph_pool_handle()
         entry = self.entries[key] = Entry(record(function, device, self.pool), inputs, rows)
@@ -112,28 +131,30 @@ class Graphs:
             torch.cuda.current_stream(device).wait_event(self.replayed)
 
 
-def _collect_addresses(module: nn.Module, into: list[int]) -> None:
-    # three times as fast as module.parameters(), and it runs on every call
-    for tensors in (module._parameters, module._buffers):
-        into += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
-    for child in module._modules.values():
-        if child is not None:
-            _collect_addresses(child, into)
+def _most_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MAX_BYTES
+    return min(MAX_BYTES, torch.cuda.get_device_properties(device).total_memory // 8)
 
 
 _models: weakref.WeakKeyDictionary[nn.Module, Graphs] = weakref.WeakKeyDictionary()
 
 
+_models_lock = threading.Lock()
+
+
 def _graphs_of(model: nn.Module) -> Graphs:
     found = _models.get(model)
     if found is None:
-        found = _models[model] = Graphs()
+        with _models_lock:
+            found = _models.get(model) or Graphs()
+            _models[model] = found
     return found
 
 
 def suit(model: CLIP, x: Tensor) -> bool:
     """Whether calls like this may be replayed; their rows are then made stable, replayed or not."""
-    if not isinstance(x, Tensor) or x.device.type != "cuda" or not 0 < len(x) <= MAX_BATCH:
+    if not isinstance(x, Tensor) or x.device.type != "cuda" or not fits(model, x):
         return False
     if torch.is_grad_enabled() or dispatch.traced():
         return False
@@ -141,6 +162,16 @@ def suit(model: CLIP, x: Tensor) -> bool:
         return False
     # PyTorch's own attention runs sequence by sequence: its launches depend on the lengths
     return dispatch.runs_on("triton", ("attention", "attention_pool"), x.device, model.dtype)
+
+
+def fits(model: CLIP, x: Tensor) -> bool:
+    """Whether images [B, 3, H, W] or texts [B, L] hold anything, and no more than MAX_ACTIVATIONS."""
+    if x.ndim == 4:
+        positions = getattr(model.visual, "positional_embedding", None)  # of a ResNet there are no graphs
+        rows, width = (len(x) * len(positions), positions.shape[-1]) if positions is not None else (0, 0)
+    else:
+        rows, width = x.numel(), model.transformer.width
+    return 0 < rows * width * model.dtype.itemsize * ACTIVATIONS <= MAX_ACTIVATIONS
 
 
 def _setting(device: torch.device) -> Hashable:
@@ -162,7 +193,7 @@ def encode_image(model: CLIP, images: Tensor) -> Tensor:
     """
     graphs = _graphs_of(model)
     with graphs.lock:
-        graphs.follow(model)
+        graphs.follow("image", model.visual, model.visual.transformer)
         graphs.wait(images.device)
         key = ("image", images.shape, images.dtype, _setting(images.device))
         entry = graphs.entries.get(key)
@@ -171,6 +202,7 @@ def encode_image(model: CLIP, images: Tensor) -> Tensor:
             rows = Rows.fixed(len(images), len(model.visual.positional_embedding))
             entry = graphs.add(key, lambda: model.visual(static), (static,), rows)
         else:
+            graphs.entries.move_to_end(key)
             entry.inputs[0].copy_(images)
         return graphs.replay(entry)
 
@@ -185,13 +217,15 @@ def encode_text(model: CLIP, packed: PackedText) -> Tensor:
     tensors = (packed.ids, packed.positions, packed.last, packed.restore)
     shape = ("text", len(packed.ids), len(packed.restore), _setting(device))
     with graphs.lock:
-        graphs.follow(model)
+        graphs.follow("text", model, model.transformer)
         graphs.wait(device)
         makers = graphs.makers.get(shape)
         if makers is not None:
             plans = [make(packed.rows) for make in makers.values()]
-            entry = graphs.entries.get((shape, _constants(plans)))
+            key = (shape, _constants(plans))
+            entry = graphs.entries.get(key)
             if entry is not None:
+                graphs.entries.move_to_end(key)
                 for static, fresh in zip(entry.inputs, (*tensors, *_tensors(plans)), strict=True):
                     static.copy_(fresh, non_blocking=True)
                 return graphs.replay(entry)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import is_, itemgetter
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,12 @@ def still_as_made(module: nn.Module, parts: Callable[[], list[nn.Module] | None]
         return False
     vars(module)["_record"] = _Record(vars(module), found)
     return True
+
+
+def parameters_of(module: nn.Module) -> Iterator[dict[str, Tensor | None]]:
+    """The parameters of a module and of those parts that `still_as_made` found, by module."""
+    record = vars(module).get("_record")
+    return (attributes["_parameters"] for attributes in ([vars(module)] if record is None else record.attributes))
 
 
 class _Record:

@@ -99,7 +99,7 @@ def build_contestants(
         for name, peer in peers.known().items()
         if run.device.type in peer.devices and not peer.prepares
     }
-    if group.batch <= 32:  # no graphs beyond to turn off
+    if group.batch <= 256:  # some are replayed as graphs
         variants[f"{OURS}, graphs off"] = functools.partial(_ours_variant, name=f"{OURS}, graphs off", graphs=False)
     variants[f"{OURS}, torch backend"] = functools.partial(_ours_variant, name=f"{OURS}, torch backend", forced="torch")
     if group.compiled and not run.dry and importlib.util.find_spec("clip") is None:
