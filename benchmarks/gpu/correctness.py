@@ -244,8 +244,9 @@ def _graphs(device: torch.device) -> Iterator[Check]:
     """Replayed and launched one by one, the same kernels give the same bits, also for inputs that come later."""
 
     def run() -> None:
+        weights = {name: weight.to(device) for name, weight in _tiny_weights().items()}
         with device:
-            model = clipfast.build_model({n: w.to(device) for n, w in _tiny_weights().items()})
+            model = clipfast.build_model(weights)
         clipfast.convert_weights(model, torch.bfloat16)
         for seed in range(3):
             for batch in (1, 3, 8):

@@ -4,8 +4,6 @@ Two kernels, chosen by `tuning.attention_tile_block`. Where the longest sequence
 sequences, several short ones side by side, and their softmax is exact. Longer ones pass key by key block through an
 online softmax. Which rows a program works on is a plan, a tensor made on the host from the lengths: the operators are
 functions of tensors alone, so that a CUDA graph can be replayed with another plan, and an empty entry does nothing.
-
-Not yet run on a GPU.
 """
 
 from __future__ import annotations

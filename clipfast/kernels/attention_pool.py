@@ -2,8 +2,6 @@
 
 cuBLAS turns each query into one direction a head, in the space of the tokens; two kernels then read the tokens twice,
 once for the scores and once for their weighted sum; cuBLAS takes that sum through the value projection.
-
-Not yet run on a GPU.
 """
 
 from __future__ import annotations

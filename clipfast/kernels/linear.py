@@ -3,8 +3,6 @@
 Three kernels, chosen by `tuning.linear`: tiles through plain pointers (any GPU); a persistent grid through tensor
 descriptors (sm_90 and later), where the store of one tile overlaps the products of the next; and, for few rows, a split
 of the sum over K whose parts are added in a fixed order, so that the result never depends on timing.
-
-Not yet run on a GPU.
 """
 
 from __future__ import annotations

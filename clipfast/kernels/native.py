@@ -1,4 +1,4 @@
-"""Patch embedding through libclipfast, the CUDA library built from csrc/. Not yet run on a GPU.
+"""Patch embedding through libclipfast, the CUDA library built from csrc/.
 
 The library knows nothing of torch: it takes pointers, sizes, a device index and a stream, through ctypes. Nothing is
 loaded before the first use, and `missing()` says why it cannot be. csrc/clipfast.h documents the interface.
