@@ -31,7 +31,7 @@ peer = { $(INSTALL) $(1) || { \
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(DEMO) ## see clipfast work on real photographs
+demo: $(DEMO) ## see clipfast work on real images
 	$(VENV)/bin/clipfast demo
 
 test: $(TEST) ## lint, then the whole test suite

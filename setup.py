@@ -9,6 +9,7 @@ reads. Everything else is in pyproject.toml.
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def run(command: list[str], doing: str) -> None:
 
 def first_error(lines: list[str]) -> str:
     """In one line."""
-    place = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+    # the word alone: -Werror is no error
+    place = next((i for i, line in enumerate(lines) if re.search(r"\berrors?\b", line, re.I)), len(lines) - 1)
     found = lines[place : place + 1]
     if found and found[0].startswith("CMake Error at"):
         # its text is indented below
@@ -151,7 +153,9 @@ class BuildLibrary(build_ext):
         run([tools["cmake"], "--build", str(build), "--parallel", str(os.cpu_count())], doing)
 
 
-class AnyPython(bdist_wheel):
+class Wheel(bdist_wheel):
+    """For any Python 3, since nothing in it is compiled against one."""
+
     def get_tag(self):
         built = [name for name in LIBRARIES if self._here(f"{name}.so")]
         left_out = [name for name in LIBRARIES if self._here(f"{name}.txt")]
@@ -172,4 +176,4 @@ def extensions():
             yield Extension(f"clipfast.kernels.{name}", sources=[], optional=optional)
 
 
-setup(ext_modules=[*extensions()], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPython})
+setup(ext_modules=[*extensions()], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})

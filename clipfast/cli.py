@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     written: list[Path] = []
     try:
         args = _parser().parse_args(argv)
-        status = _run(args, written)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            status = _run(args, written)
         sys.stdout.flush()
         return status
     except SystemExit as stop:  # argparse: 0 for --help and --version, 2 for wrong usage
@@ -162,6 +165,11 @@ def _template(text: str) -> str:
     if text.count("{}") != 1:
         raise argparse.ArgumentTypeError(f"expected {{}} once, where the label goes, got {text!r}")
     return text
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """One line, as errors are: where in the code it arose is nothing to whoever types a command."""
+    print(f"clipfast: warning: {message}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

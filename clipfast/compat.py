@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that clipfast uses, and what happens in a PyTorch that has it not.
+"""Every private name of PyTorch that clipfast uses, and what happens in a PyTorch that lacks it.
 
 PyTorch promises nothing about these names. `PRIVATE` lists them, the functions below are the only ones that call them,
 and `clipfast doctor` says which are missing. Where a way to notice that somebody is looking is missing, clipfast takes
@@ -24,9 +24,9 @@ class Private(NamedTuple):
 
     name: str
     purpose: str
-    without: str  # what happens in a PyTorch that has it not
+    without: str  # what happens in a PyTorch that lacks it
     since: str = "2.6"  # the first release that has it; "2.6" also for older ones, since clipfast needs 2.6
-    until: str | None = None  # the first release that has it no longer; None while the newest one has it
+    until: str | None = None  # the first release that lacks it again; None while the newest one has it
     inline: bool = False  # an attribute, read where it is needed: a call around each read would cost too much
     cuda: bool = False  # only a PyTorch that is built with CUDA has it, and only that needs it
 

@@ -56,7 +56,7 @@ class Functions:
     def add(self, owner: Any, *names: str) -> None:
         """PyTorch's own; what replaces one already is taken for a change."""
         for name in names:
-            # what a PyTorch has not it does not call
+            # what a PyTorch lacks it does not call
             function = getattr(owner, name, None)
             if hasattr(owner, name):
                 self._add(owner, name, function if _is_pytorchs(function) else None)
@@ -107,11 +107,7 @@ for _kind in (
 
 def looked_at() -> bool:
     """Whether somebody watches or replaces what is called: tracing, torch.func, modes, global hooks, functions."""
-    return (
-        dispatch.traced()
-        or compat.each_module_is_hooked()
-        or not FUNCTIONS.unchanged()
-    )
+    return dispatch.traced() or compat.each_module_is_hooked() or not FUNCTIONS.unchanged()
 
 
 def plain(tensor: Any) -> bool:

@@ -94,8 +94,13 @@ def test_load_refuses_bad_arguments(plain):
             load(plain, "cpu", dtype=dtype)
     with pytest.raises(ValueError, match="activation must be one of quick_gelu, gelu"):
         load(plain, "cpu", activation="relu")
-    with pytest.raises(RuntimeError, match="Model ViT-B/33 not found; available models = .*'RN50', .*336px"):
+    with pytest.raises(RuntimeError, match="^Model ViT-B/33 not found; available models = .*'RN50', .*336px"):
         load("ViT-B/33")
+    with pytest.raises(RuntimeError, match="^Model weights/mine.pt not found: there is no such file"):
+        load("weights/mine.pt")
+    gpu = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(RuntimeError, match=f'there is no device "{gpu}": PyTorch .* sees (no GPU|\\d+ GPU)'):
+        load(plain, gpu)
 
 
 def test_load_with_jit_warns_and_gives_the_ordinary_model(plain):

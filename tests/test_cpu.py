@@ -7,9 +7,10 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 
 import clipfast
-from clipfast import compat, cpu, doctor
+from clipfast import cli, compat, cpu, doctor
 from clipfast.bench import environment
 
 from .tiny_clips import VIT, randomise
@@ -59,6 +60,14 @@ def test_load_warns_once(emulated, tmp_path):
         for _ in range(2):
             clipfast.load(tmp_path / "m.pt", "cpu", dtype="bfloat16")
     assert [(str(warning.message), warning.filename) for warning in told] == [("bfloat16 is emulated", __file__)]
+
+
+def test_the_command_line_warns_in_one_line(emulated, tmp_path, capsys):
+    clipfast.save(randomise(clipfast.CLIP(*VIT)), tmp_path / "m.pt")
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    arguments = ["--model", tmp_path / "m.pt", "--out", tmp_path / "out.npz", "--device", "cpu", "--dtype", "bfloat16"]
+    assert cli.main([*map(str, ["encode", tmp_path / "black.png", *arguments])]) == 0
+    assert "clipfast: warning: bfloat16 is emulated" in capsys.readouterr().err.splitlines()
 
 
 def test_doctor_and_bench_say_it(emulated, capsys):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import check_file, size_of, write_atomically
+from ..words import counted
 from . import archive, layouts
 from .archive import CheckpointError
 from .download import MODELS, available_models, download
@@ -54,6 +55,9 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,17 @@ def load(
                    A CPU that only emulates bfloat16 is named in a warning, once.
     activation:    "quick_gelu" or "gelu", for checkpoints that do not say.
     Returns:       (model in eval mode with gradients enabled, preprocess).
-    Raises:        RuntimeError on an unknown name or failed download; CheckpointError (a RuntimeError) on a
-                   file that cannot be used; ValueError on a bad dtype, or an activation that is missing,
-                   unknown, or contradicts the checkpoint.
+    Raises:        RuntimeError on a GPU that is not there, an unknown name or failed download; CheckpointError
+                   (a RuntimeError) on a file that cannot be used; ValueError on a bad dtype, or an
+                   activation that is missing, unknown, or contradicts the checkpoint.
     """
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    dtype = _resolve_dtype(dtype, device)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        # before a download
+        raise RuntimeError(f'there is no device "{place}": PyTorch {torch.__version__} sees {_gpus()}')
+    dtype = _resolve_dtype(dtype, place)
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if jit:
@@ -114,7 +123,8 @@ def load(
     elif os.path.exists(name):
         path = os.fspath(name)
     else:
-        raise RuntimeError(f"Model {name} not found; available models = {available_models()}")
+        why = ": there is no such file or folder" if _looks_like_a_path(name) else ""
+        raise RuntimeError(f"Model {name} not found{why}; available models = {available_models()}")
 
     checkpoint = read_checkpoint(path)
     activation = _resolve_activation(checkpoint, activation)
@@ -127,10 +137,10 @@ def load(
         model.float()
     else:
         convert_weights(model, *([] if dtype == torch.float16 else [dtype]))
-    if dtype == torch.bfloat16 and torch.device(device).type == "cpu":
+    if dtype == torch.bfloat16 and place.type == "cpu":
         warn_of_emulation()
     resolution: Any = model.visual.input_resolution
-    return model.to(device).eval(), clip._transform(resolution)
+    return model.to(place).eval(), clip._transform(resolution)
 
 
 class _NoInitialisation(torch.overrides.TorchFunctionMode):
@@ -143,6 +153,15 @@ class _NoInitialisation(torch.overrides.TorchFunctionMode):
         if named or func in (torch.Tensor.normal_, torch.Tensor.uniform_):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def _gpus() -> str:
+    return counted(torch.cuda.device_count(), "GPU") if torch.cuda.is_available() else 'no GPU; use device="cpu"'
+
+
+def _looks_like_a_path(name: str | os.PathLike[str]) -> bool:
+    # "ViT-B/23" has a slash too
+    return not isinstance(name, str) or Path(name).is_absolute() or Path(name).suffix in (*_SUFFIXES, ".ckpt", ".zip")
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
@@ -241,7 +260,7 @@ def save(
     path = Path(path)
     if format is None:
         format = {".safetensors": "safetensors"}.get(path.suffix, "pt")
-        if path.suffix not in (".pt", ".pth", ".bin", ".safetensors"):
+        if path.suffix not in _SUFFIXES:
             raise ValueError(f'{path} has a suffix that names no format: use .pt or .safetensors, or format="pt"')
     if format not in ("pt", "safetensors"):
         raise ValueError(f'format must be "pt" or "safetensors", got {format!r}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import socket
 import sys
@@ -49,12 +50,13 @@ def _locked(path: Path) -> Iterator[None]:
     # no flock: a forked process would share it
     with path.open("a+", encoding="utf-8") as file:
         try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, f"{sys.platform} has no such lock")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise CommandError(f"{path.parent} is being trained in by {holder}: give another --out, or wait") from None
+            raise CommandError(f"{path.parent} is in use by {holder}: give another --out, or wait") from None
         except OSError as error:
             told = f"{path.parent} cannot be locked ({error.strerror})"
             print(f"clipfast: {told}: nothing keeps a second run away", file=sys.stderr)

@@ -35,7 +35,7 @@ def test_a_dead_holder_keeps_nobody_out_though_its_workers_live(tmp_path):
         os._exit(0)
     worker = int.from_bytes(os.read(ready, 4), "little")
     try:
-        with pytest.raises(CommandError, match=rf"is being trained in by process {holder} on .*, since \d{{4}}-"):
+        with pytest.raises(CommandError, match=rf"is in use by process {holder} on .*, since \d{{4}}-"):
             only_run_in(tmp_path, ALONE).__enter__()
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
@@ -64,7 +64,7 @@ def test_a_killed_torchrun_takes_its_processes_along(data, tmp_path, capsys):
             assert torchrun.poll() is None, torchrun.communicate()
             time.sleep(0.05)
         assert cli.main(words) == 1
-        (pid,) = re.findall(r"is being trained in by process (\d+) on", capsys.readouterr().err)
+        (pid,) = re.findall(r"is in use by process (\d+) on", capsys.readouterr().err)
         assert int(pid) not in (torchrun.pid, os.getpid())
     finally:
         torchrun.kill()
