@@ -59,18 +59,26 @@ def with_gradients(loss, image, text, scale, *, of_loss=1.75, **options):
 
 
 def assert_right(image, text, scale, what=""):
-    exact = with_gradients(reference.contrastive_loss, image.double(), text.double(), scale.double())
-    found = with_gradients(contrastive_loss, image, text, scale)
-    theirs = with_gradients(peer_loss, image, text, scale)
-    for name, *each in zip(("loss", "image", "text", "scale"), found, theirs, exact, strict=True):
-        assert_accurate(*each, what=f"{name} {what}")
+    assert_all_right([(image, text)], scale, what)
+
+
+def assert_all_right(pairs, scale, what="", loss=contrastive_loss):
+    """The results of several batches together: the error of one loss is luck, and those of a row go together."""
+    batches = []
+    for image, text in pairs:
+        exact = with_gradients(reference.contrastive_loss, image.double(), text.double(), scale.double())
+        found, theirs = (with_gradients(f, image, text, scale) for f in (loss, peer_loss))
+        batches.append(zip(found, theirs, exact, strict=True))
+    for name, *several in zip(("loss", "image", "text", "scale"), *batches, strict=True):
+        assert_accurate(*map(torch.stack, zip(*several, strict=True)), what=f"{name} {what}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("noise", [1.0, 1000.0], ids=["near", "far"])
 @pytest.mark.parametrize(("n", "width", "scale"), [(1, 5, 14.3), (20, 64, 14.3), (49, 512, 30.0), (50, 33, 1.0)])
 def test_against_float64(n, width, scale, noise, dtype, small_tiles):
-    assert_right(*features(n, width, noise=noise, dtype=dtype), torch.tensor(scale))
+    pairs = [features(n, width, noise=noise, dtype=dtype) for _ in range(64)]
+    assert_all_right(pairs, torch.tensor(scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -1,0 +1,125 @@
+"""How often does chance break the rule of tests/accuracy.py?   python -m tests.seeds --first 1000 --seeds 200
+
+Runs the comparisons of tests/test_ops.py and tests/test_loss.py with other random numbers, and counts the draws that
+fail: of what rounds as PyTorch does, none in a million should. The table gives operator, dtype and backend, and the
+status is 1 if a draw failed. Triton's interpreter is slow: name its backend to have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from clipfast import tuning
+
+from . import op_cases, test_loss, test_ops
+
+CPU = torch.device("cpu")
+
+
+class Check(NamedTuple):
+    """One comparison, whose numbers follow from the seed."""
+
+    kind: str  # "forward", "gradients" or "loss"
+    name: str
+    dtype: torch.dtype
+    backend: str
+
+    @property
+    def group(self) -> tuple[str, str, str, str]:
+        operator = "loss" if self.kind == "loss" else op_cases.CASES[self.name].operator
+        return self.kind, operator, str(self.dtype)[6:], self.backend
+
+    def run(self, seed: int) -> None:
+        """Raises: AssertionError if the draw breaks the rule; pytest's Skipped if this CPU cannot run it."""
+        if self.kind == "loss":
+            torch.manual_seed(seed)
+            n, width, scale, noise = LOSSES[self.name]
+            with mock.patch.object(tuning, "loss_side", return_value=7):
+                test_loss.test_against_float64(n, width, scale, noise, self.dtype, None)
+            return
+        case = op_cases.draw(self.name, op_cases.RECIPES[self.name], seed)
+        with mock.patch.dict(op_cases.CASES, {self.name: case}):
+            if self.kind == "forward":
+                test_ops.test_forward(self.name, self.dtype, self.backend, CPU, None)
+            else:
+                test_ops.test_gradients(self.name, self.dtype, self.backend, CPU)
+
+
+LOSSES = {
+    f"{n} {width} {scale} {noise}": (n, width, scale, noise)
+    for n, width, scale in [(1, 5, 14.3), (20, 64, 14.3), (49, 512, 30.0), (50, 33, 1.0)]
+    for noise in (1.0, 1000.0)
+}
+
+
+def checks(kinds: list[str], backends: list[str]) -> Iterator[Check]:
+    for kind, cases in (("forward", test_ops.FORWARD), ("gradients", test_ops.GRADIENTS)):
+        for name, dtype, backend in (case.values for case in cases if kind in kinds):
+            if backend in backends:
+                yield Check(kind, name, dtype, backend)
+    if "loss" in kinds and "torch" in backends:
+        for name in LOSSES:
+            for dtype in test_loss.DTYPES:
+                yield Check("loss", name, dtype, "torch")
+
+
+def count(check: Check, seeds: range, until: float) -> tuple[int, list[str]]:
+    """How many draws were compared before the time `until`, and what was said of those that failed."""
+    torch.set_num_threads(1)
+    done, failed = 0, []
+    for seed in seeds:
+        if time.time() > until:
+            break
+        try:
+            check.run(seed)
+        except pytest.skip.Exception:
+            break
+        except AssertionError as error:
+            failed.append(f"{check.kind} {check.backend} seed {seed}: {str(error).splitlines()[0]}")
+        done += 1
+    return done, failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.seeds", description=__doc__.partition("\n")[0])
+    parser.add_argument("--first", type=int, default=0, help="the first seed (%(default)s, which the tests have)")
+    parser.add_argument("--seeds", type=int, default=200, help="how many (%(default)s)")
+    parser.add_argument("--kinds", nargs="+", default=["forward", "gradients", "loss"])
+    parser.add_argument("--backends", nargs="+", default=["cpu", "onednn", "torch"], help='and "triton"')
+    parser.add_argument("--minutes", type=float, default=1e6, help="what is not begun by then is left out")
+    args = parser.parse_args()
+
+    seeds, until = range(args.first, args.first + args.seeds), time.time() + 60 * args.minutes
+    several: list[Check] = [*checks(args.kinds, args.backends)]
+    totals: dict[tuple[str, str, str, str], list[int]] = defaultdict(lambda: [0, 0, args.seeds])
+    # a process for each core: an operator of one thread is what two of them leave alone
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        results = pool.map(count, several, [seeds] * len(several), [until] * len(several))
+        for check, (done, failed) in zip(several, results, strict=True):
+            print(*failed, sep="\n", end="\n" * bool(failed), flush=True)
+            if done:
+                total = totals[check.group]
+                totals[check.group] = [total[0] + done, total[1] + len(failed), min(total[2], done)]
+    print(f"{'kind':10} {'operator':15} {'dtype':9} {'backend':8} {'draws':>7} {'seeds':>6} {'failed':>7}")
+    for group, (draws, bad, fewest) in sorted(totals.items()):
+        print("{:10} {:15} {:9} {:8} {:7} {:6} {:7}".format(*group, draws, fewest, bad))
+    draws, bad = (sum(total[i] for total in totals.values()) for i in (0, 1))
+    print(f"{bad} of {draws} failed")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
