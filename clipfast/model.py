@@ -527,6 +527,7 @@ class CLIP(nn.Module):
             not dispatch.traced()
             and still_as_made(self, self._parts)
             and (self.positional_embedding.ndim, self.text_projection.ndim) == (2, 2)
+            and len(self.positional_embedding) > 1  # PyTorch would add a single row to every token
             and not self.token_embedding.weight.is_meta
             and self.transformer.short_way(len(self.positional_embedding)) is True
         )
@@ -548,7 +549,7 @@ class CLIP(nn.Module):
 
     def _encode_text_long_way(self, text: Tensor) -> Tensor:
         positions = self.positional_embedding
-        if positions.ndim == 2:
+        if positions.ndim == 2 and len(positions) > 1:
             check_text(text, len(positions))
             positions = positions[: text.shape[1]]
         x = self.token_embedding(text if text.dtype == torch.int64 else text.int()).to(self.dtype)  # [B, n_ctx, width]

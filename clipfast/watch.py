@@ -15,7 +15,7 @@ import itertools
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,8 @@ def looked_at() -> bool:
 
 
 def plain(tensor: Any) -> bool:
-    """Whether a tensor is no subclass: one of those may have a say in every function that it is given to."""
-    return type(tensor) in _PLAIN
+    """Whether a tensor is dense and no subclass: one of those may have a say in every function that it is given to."""
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -123,6 +123,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = itemgetter("_parameters", "_buffers")
+_NUMBERS, _LAYOUT = Tensor.numel, attrgetter("layout")
 # put into a module itself, a method of these names goes before its class's
 _METHODS = frozenset({"attention", "forward", "_call_impl", "_compiled_call_impl", "_conv_forward"})
 
@@ -130,11 +131,14 @@ _METHODS = frozenset({"attention", "forward", "_call_impl", "_compiled_call_impl
 def as_made(module: nn.Module | None, kind: type[nn.Module], *weights: str) -> bool:
     """Whether the module is exactly of this class, with these weights, and nobody hooks, patches or re-parametrises it.
 
+    weights: names of the weight, or of the weight and its bias.
     Whether the class's own functions are what they were, `looked_at` says.
     """
     if type(module) is not kind or any(_HOOKS(vars(module))) or not _METHODS.isdisjoint(vars(module)):
         return False
-    return all(plain(getattr(module, name, None)) for name in weights)
+    tensors = [getattr(module, name, None) for name in weights]
+    # PyTorch would add a bias of one number to every column
+    return all(map(plain, tensors)) and (len(tensors) < 2 or tensors[1].shape == tensors[0].shape[:1])
 
 
 def still_as_made(module: nn.Module, parts: Callable[[], list[nn.Module] | None]) -> bool:
@@ -164,7 +168,7 @@ class _Record:
     """Modules as they are now, in a form that is quickly compared with what they are later.
 
     Another attribute, one more or less, another child or another order of them, a hook, a parameter or buffer of a new
-    class: each is a change. What parameters hold is none.
+    class, size or layout: each is a change. What parameters hold is none.
     """
 
     def __init__(self, of: dict[str, Any], modules: list[nn.Module]) -> None:
@@ -172,7 +176,11 @@ class _Record:
         self.modules = modules
         self.classes = [type(module) for module in modules]
         self.attributes = [of, *map(vars, modules)]
-        self.tensors = self._tensor_classes()
+        tensors = self._tensors()
+        self.tensor_classes = [*map(type, tensors)]
+        self.present = [tensor is not None for tensor in tensors]
+        self.layouts = [tensor.layout for tensor in tensors if tensor is not None]
+        self.numbers = [tensor.numel() for tensor in tensors if tensor is not None]
         self.dictionaries: list[Any] = []
         self.keys: list[str] = []
         self.values: list[Any] = []
@@ -195,9 +203,16 @@ class _Record:
             self.keys.append(name)
             self.values.append(dictionary.get(name, _GONE))
 
-    def _tensor_classes(self) -> list[type]:
+    def _tensors(self) -> list[Tensor | None]:
         chained = itertools.chain.from_iterable
-        return [*map(type, chained(map(dict.values, chained(map(_TENSORS, self.attributes)))))]
+        return [*chained(map(dict.values, chained(map(_TENSORS, self.attributes))))]
+
+    def _same_tensors(self) -> bool:
+        tensors = self._tensors()
+        if [*map(type, tensors)] != self.tensor_classes:
+            return False
+        there = [*itertools.compress(tensors, self.present)]
+        return [*map(_NUMBERS, there)] == self.numbers and [*map(_LAYOUT, there)] == self.layouts
 
     def unchanged(self) -> bool:
         # `map` and its functions run in C: no frame of Python's for each module
@@ -208,7 +223,7 @@ class _Record:
             and [*map(tuple, self.children)] == self.order
             and not any(itertools.chain.from_iterable(map(_HOOKS, self.attributes[1:])))
             and all(map(is_, map(type, self.modules), self.classes))
-            and self._tensor_classes() == self.tensors
+            and self._same_tensors()
         )
 
 

@@ -47,6 +47,7 @@ ENDS = {
         IMAGE,
     ),
     "text positions with a batch": (set_to("positional_embedding", lambda p: nn.Parameter(1.25 * p[None])), TEXT),
+    "one position for every token": (set_to("positional_embedding", lambda p: nn.Parameter(p[:1])), TEXT),
     "one position for every patch": (set_to("visual.positional_embedding", lambda p: nn.Parameter(p[:1])), IMAGE),
     "a wider projection": (set_to("visual.proj", lambda p: nn.Parameter(torch.cat([p, p], 1))), IMAGE),
     "proj as a tensor": (_as_tensor("visual", "proj"), IMAGE),

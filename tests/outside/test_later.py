@@ -51,14 +51,31 @@ def _heads(block):
     block.attn.num_heads = 4
 
 
+def _pruned_to_sparse(block):
+    weight = block.mlp.c_fc.weight.data
+    block.mlp.c_fc.weight = nn.Parameter(torch.where(weight.abs() > 0.08, weight, 0.0).to_sparse_csr())
+
+
+def _one_bias_for_all(block):
+    block.mlp.c_fc.bias.data = block.mlp.c_fc.bias.data[:1]
+
+
+def _fewer_hidden_units(block):
+    mlp = block.mlp
+    mlp.c_fc.weight.data, mlp.c_fc.bias.data = mlp.c_fc.weight.data[:100], mlp.c_fc.bias.data[:100]
+    mlp.c_proj.weight.data = mlp.c_proj.weight.data[:, :100]
+
+
 CHANGES = {
     change.__name__.strip("_"): change
     for change in (
-        _last_again, _other_dictionary, _as_long_as_before, _other_hooks, _compiled_call, _other_child, _class, _heads
+        _last_again, _other_dictionary, _as_long_as_before, _other_hooks, _compiled_call, _other_child, _class, _heads,
+        _pruned_to_sparse, _one_bias_for_all, _fewer_hidden_units,
     )
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_after_the_first_encode(name):
     trio = make_trio(VIT)
