@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
@@ -87,7 +87,7 @@ def count(check: Check, seeds: range, until: float) -> tuple[int, list[str]]:
         except pytest.skip.Exception:
             break
         except AssertionError as error:
-            failed.append(f"{check.kind} {check.backend} seed {seed}: {str(error).splitlines()[0]}")
+            failed.append(f"seed {seed}: {str(error).splitlines()[0]}")
         done += 1
     return done, failed
 
@@ -102,21 +102,21 @@ def main() -> int:
     args = parser.parse_args()
 
     seeds, until = range(args.first, args.first + args.seeds), time.time() + 60 * args.minutes
-    several: list[Check] = [*checks(args.kinds, args.backends)]
-    totals: dict[tuple[str, str, str, str], list[int]] = defaultdict(lambda: [0, 0, args.seeds])
-    # a process for each core: an operator of one thread is what two of them leave alone
+    several = sorted(checks(args.kinds, args.backends), key=lambda check: check.group)
+    print(f"{'kind':10} {'operator':15} {'dtype':9} {'backend':8} {'draws':>7} {'seeds':>6} {'failed':>7}", flush=True)
+    draws, bad = 0, 0
+    # a process for each core, since small operators keep one busy at most
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        results = pool.map(count, several, [seeds] * len(several), [until] * len(several))
-        for check, (done, failed) in zip(several, results, strict=True):
-            print(*failed, sep="\n", end="\n" * bool(failed), flush=True)
-            if done:
-                total = totals[check.group]
-                totals[check.group] = [total[0] + done, total[1] + len(failed), min(total[2], done)]
-    print(f"{'kind':10} {'operator':15} {'dtype':9} {'backend':8} {'draws':>7} {'seeds':>6} {'failed':>7}")
-    for group, (draws, bad, fewest) in sorted(totals.items()):
-        print("{:10} {:15} {:9} {:8} {:7} {:6} {:7}".format(*group, draws, fewest, bad))
-    draws, bad = (sum(total[i] for total in totals.values()) for i in (0, 1))
+        results = zip(several, pool.map(count, several, [seeds] * len(several), [until] * len(several)), strict=True)
+        for group, checked in itertools.groupby(results, key=lambda result: result[0].group):
+            done, failed = zip(*(result for _, result in checked), strict=True)
+            if not any(done):
+                continue
+            said = [*itertools.chain(*failed)]
+            print("{:10} {:15} {:9} {:8} {:7} {:6} {:7}".format(*group, sum(done), min(done), len(said)), flush=True)
+            print(*(f"  {line}\n" for line in said), sep="", end="", flush=True)
+            draws, bad = draws + sum(done), bad + len(said)
     print(f"{bad} of {draws} failed")
     return int(bad > 0)
 
