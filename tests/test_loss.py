@@ -30,6 +30,10 @@ from .backends import needs_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+NOISES = {"near": 1.0, "far": 1000.0}
+SIZES = [(1, 5, 14.3), (20, 64, 14.3), (49, 512, 30.0), (50, 33, 1.0)]
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 7 x 7, so that a batch of 20 has whole ones, ragged ones and ones off the diagonal."""
@@ -74,8 +78,8 @@ def assert_all_right(pairs, scale, what="", loss=contrastive_loss):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("noise", [1.0, 1000.0], ids=["near", "far"])
-@pytest.mark.parametrize(("n", "width", "scale"), [(1, 5, 14.3), (20, 64, 14.3), (49, 512, 30.0), (50, 33, 1.0)])
+@pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
+@pytest.mark.parametrize(("n", "width", "scale"), SIZES)
 def test_against_float64(n, width, scale, noise, dtype, small_tiles):
     pairs = [features(n, width, noise=noise, dtype=dtype) for _ in range(64)]
     assert_all_right(pairs, torch.tensor(scale))

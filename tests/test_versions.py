@@ -9,10 +9,10 @@ import pytest
 from . import versions
 
 
-@pytest.mark.parametrize("test", [test for test in versions.TESTS if "::" in test])
+@pytest.mark.parametrize("test", versions.TESTS)
 def test_what_the_reduced_set_names_is_there(test):
     path, _, name = test.partition("::")
-    assert f"def {name}(" in (versions.ROOT / path).read_text()
+    assert (versions.ROOT / path).exists() and (not name or f"def {name}(" in (versions.ROOT / path).read_text())
 
 
 def test_the_constraints_leave_pytorch_free(tmp_path):
