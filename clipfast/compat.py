@@ -60,8 +60,8 @@ PRIVATE = (
     Private("nn.functional._mha_shape_check", "part of attention", "not watched", inline=True),
     Private("nn.MultiheadAttention._qkv_same_embed_dim", "one weight or three?", "encode_* raises", inline=True),
     Private("nn.Module._modules", "children by name, without named_children's cost", "encode_* raises", inline=True),
-    Private("nn.Module._parameters", "has a weight moved since a CUDA graph was made?", "GPU: raises", inline=True),
-    Private("nn.Module._buffers", "has a buffer moved since a CUDA graph was made?", "GPU: raises", inline=True),
+    Private("nn.Module._parameters", "is a weight what it was, and where?", "encode_* raises", inline=True),
+    Private("nn.Module._buffers", "is a buffer what it was?", "encode_* raises", inline=True),
     Private("Tensor._version", "has a weight been edited since its layout was kept?", "prepacked: raises", inline=True),
     Private("nn.modules.batchnorm._BatchNorm", "every kind of BatchNorm", "PyTorch's own four kinds alone"),
     # kernels that no public function reaches
@@ -197,6 +197,15 @@ def cpu_has_amx() -> bool:
 
 def cpu_has_avx512_bf16() -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+@constant_when_traced
+def allows_tf32() -> bool:
+    """Whether products of float32 may be tf32's on a GPU, by either of PyTorch's two switches."""
+    matmul = torch.backends.cuda.matmul
+    # the second one came with 2.9; once it was set, the first one raises, and torch.compile cannot trace it
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def clear_cublas_workspaces() -> None:

@@ -1,12 +1,14 @@
 """CUDA graphs: a tower's hundred launches recorded once and replayed as one.
 
-A batch that does not fill a GPU takes it less time than a CPU needs to launch its kernels. So encode_image and
-encode_text, without gradients, record their launches the first time they see a shape and replay them from then on: the
-same kernels in the same order, hence the same numbers. Batches with more than MAX_ACTIVATIONS bytes of activations are
-launched one by one: they take longer than their launches. `model.cuda_graphs = False` turns it off.
+A CPU may need longer to launch a tower's kernels than a GPU to run them. So encode_image and encode_text, without
+gradients, record their launches the first time they see a shape and replay them from then on: the same kernels in the
+same order, hence the same numbers. The kernels of a batch with more than MAX_ACTIVATIONS bytes of activations are
+launched one by one: the GPU is busy with each for longer than the next takes to launch. `model.cuda_graphs = False`
+turns it off.
 
 A graph reads its inputs, the model's weights and the plans of its attention by address. Inputs and plans are copied to
-where it reads them; weights edited in place are seen; weights moved elsewhere (`.to`, `.data = `) discard the graphs.
+where it reads them; weights edited in place are seen; weights that are elsewhere now, or lie there in another way
+(`.to`, `.data = `), discard the graphs.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from clipfast import compat, dispatch
 from clipfast.packing import PackedText, Rows, map_tensors
-from clipfast.watch import parameters_of
+from clipfast.watch import parameters_of, plain
 
 if TYPE_CHECKING:
     from clipfast.model import CLIP
@@ -42,9 +45,13 @@ class Recording(NamedTuple):
     n_bytes: int  # of device memory that it holds
 
 
-def record(function: Callable[[], Tensor], device: torch.device, pool: Any) -> Recording:
-    """Runs function twice, which compiles and loads what it launches, then captures its launches."""
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+def record(function: Callable[[], Tensor], device: torch.device, pool: Any, side: Any) -> Recording:
+    """Runs function twice, which compiles and loads what it launches, then captures its launches.
+
+    pool, side: memory and stream of all recordings of a model. What one frees belongs to its stream, and serves another
+                in that stream alone.
+    """
+    current = torch.cuda.current_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -69,13 +76,19 @@ class Entry(NamedTuple):
     rows: Rows | None  # keeps the plans that it reads
 
 
+# CUDA captures for one thread of a process at a time
+_one_at_a_time = threading.Lock()
+# of a parameter: its address, and how its numbers lie there
+_PLACE = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
+
+
 class Graphs:
     """The recordings of one model."""
 
     def __init__(self) -> None:
         self.entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self.makers: dict[Hashable, dict[Hashable, Callable[[Rows], Any]]] = {}
-        self.addresses: dict[str, list[int]] = {}
+        self.places: dict[str, list[list[Any]]] = {}
         self.lock = threading.Lock()
         self.discard()
 
@@ -84,23 +97,25 @@ class Graphs:
         self.makers.clear()
         self.n_bytes = 0
         self.pool: Any = None
+        self.stream: Any = None
         self.replayed: Any = None  # the event after the last replay
 
     def follow(self, tower: str, *modules: nn.Module) -> None:
-        """Discards the recordings if a parameter of a tower's modules is no longer where they read it.
+        """Discards the recordings if a parameter of a tower's modules is no longer where and how they read it.
 
         modules: found to be as they were made (`clipfast.watch`), so that their records name everything inside.
         """
-        addresses = [
-            parameter.data_ptr()
+        parameters = [
+            parameter
             for module in modules
-            for parameters in parameters_of(module)
-            for parameter in parameters.values()
+            for several in parameters_of(module)
+            for parameter in several.values()
             if parameter is not None
         ]
-        if addresses != self.addresses.setdefault(tower, addresses):
+        places = [[*map(ask, parameters)] for ask in _PLACE]
+        if places != self.places.setdefault(tower, places):
             self.discard()
-            self.addresses = {tower: addresses}
+            self.places = {tower: places}
 
     def add(
         self, key: Hashable, function: Callable[[], Tensor], inputs: tuple[Tensor, ...], rows: Rows | None
@@ -111,8 +126,10 @@ class Graphs:
         while len(self.entries) >= MAX_GRAPHS:
             self.entries.popitem(last=False)
         if self.pool is None and device.type == "cuda":
-            self.pool = torch.cuda.graph_pool_handle()
-        entry = self.entries[key] = Entry(record(function, device, self.pool), inputs, rows)
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        with _one_at_a_time:
+            recording = record(function, device, self.pool, self.stream)
+        entry = self.entries[key] = Entry(recording, inputs, rows)
         self.n_bytes += entry.recording.n_bytes
         return entry
 
@@ -154,11 +171,14 @@ def _graphs_of(model: nn.Module) -> Graphs:
 
 def suit(model: CLIP, x: Tensor) -> bool:
     """Whether calls like this may be replayed; their rows are then made stable, replayed or not."""
-    if not isinstance(x, Tensor) or x.device.type != "cuda" or not fits(model, x):
+    return x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing() and _suits(model, x)
+
+
+def _suits(model: CLIP, x: Tensor) -> bool:
+    # a replica of nn.DataParallel has no parameters, and is made anew for each call
+    if not (plain(x) and vars(model)["_parameters"] and fits(model, x)):
         return False
-    if torch.is_grad_enabled() or dispatch.traced():
-        return False
-    if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
+    if torch.is_grad_enabled() or dispatch.traced() or torch.is_autocast_enabled(x.device.type):
         return False
     # PyTorch's own attention runs sequence by sequence: its launches depend on the lengths
     return dispatch.runs_on("triton", ("attention", "attention_pool"), x.device, model.dtype)
@@ -168,7 +188,7 @@ def fits(model: CLIP, x: Tensor) -> bool:
     """Whether images [B, 3, H, W] or texts [B, L] hold anything, and no more than MAX_ACTIVATIONS."""
     if x.ndim == 4:
         positions = getattr(model.visual, "positional_embedding", None)  # of a ResNet there are no graphs
-        rows, width = (len(x) * len(positions), positions.shape[-1]) if positions is not None else (0, 0)
+        rows, width = (len(x) * len(positions), positions.shape[-1]) if isinstance(positions, Tensor) else (0, 0)
     else:
         rows, width = x.numel(), model.transformer.width
     return 0 < rows * width * model.dtype.itemsize * ACTIVATIONS <= MAX_ACTIVATIONS
@@ -180,10 +200,17 @@ def _setting(device: torch.device) -> Hashable:
     return (
         device,
         dispatch.forced(),
-        allowed.allow_tf32,
+        compat.allows_tf32(),
         allowed.allow_fp16_reduced_precision_reduction,
         allowed.allow_bf16_reduced_precision_reduction,
+        getattr(allowed, "allow_fp16_accumulation", False),  # since PyTorch 2.7
     )
+
+
+def _kept(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that may be written to in any mode, though the caller's be inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty(x.shape, dtype=x.dtype, device=device).copy_(x)
 
 
 def encode_image(model: CLIP, images: Tensor) -> Tensor:
@@ -193,12 +220,12 @@ def encode_image(model: CLIP, images: Tensor) -> Tensor:
     """
     graphs = _graphs_of(model)
     with graphs.lock:
-        graphs.follow("image", model.visual, model.visual.transformer)
         graphs.wait(images.device)
+        graphs.follow("image", model.visual, model.visual.transformer)
         key = ("image", images.shape, images.dtype, _setting(images.device))
         entry = graphs.entries.get(key)
         if entry is None:
-            static = images.clone(memory_format=torch.contiguous_format)
+            static = _kept(images, images.device)
             rows = Rows.fixed(len(images), len(model.visual.positional_embedding))
             entry = graphs.add(key, lambda: model.visual(static), (static,), rows)
         else:
@@ -217,8 +244,8 @@ def encode_text(model: CLIP, packed: PackedText) -> Tensor:
     tensors = (packed.ids, packed.positions, packed.last, packed.restore)
     shape = ("text", len(packed.ids), len(packed.restore), _setting(device))
     with graphs.lock:
-        graphs.follow("text", model, model.transformer)
         graphs.wait(device)
+        graphs.follow("text", model, model.transformer)
         makers = graphs.makers.get(shape)
         if makers is not None:
             plans = [make(packed.rows) for make in makers.values()]
@@ -233,10 +260,9 @@ def encode_text(model: CLIP, packed: PackedText) -> Tensor:
 
 
 def _add_text(graphs: Graphs, model: CLIP, packed: PackedText, shape: Hashable, device: torch.device) -> Tensor:
-    static = packed.to(device)
-    if static.ids is packed.ids:  # already there
-        ids, positions, last, restore = (x.clone() for x in (packed.ids, packed.positions, packed.last, packed.restore))
-        static = PackedText(ids, positions, last, restore, packed.rows)
+    tensors = (packed.ids, packed.positions, packed.last, packed.restore)
+    ids, positions, last, restore = (_kept(x, device) for x in tensors)
+    static = PackedText(ids, positions, last, restore, packed.rows)
     result = model.encode_packed(static)  # the kernels derive their plans from the rows
     if "runs" in vars(packed.rows):
         # something went sequence by sequence after all, such as PyTorch's attention for heads that the kernels refuse:

@@ -393,7 +393,7 @@ class CLIP(nn.Module):
     Raises: ValueError where sizes do not divide.
     """
 
-    # on a GPU, without gradients, small batches are replayed as CUDA graphs (clipfast.graphs), unless this is False
+    # on a GPU, without gradients, batches are replayed as CUDA graphs (clipfast.graphs), unless this is False
     cuda_graphs: bool = True
 
     def __init__(

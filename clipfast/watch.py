@@ -123,7 +123,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = itemgetter("_parameters", "_buffers")
-_NUMBERS, _LAYOUT = Tensor.numel, attrgetter("layout")
+_SHAPE, _LAYOUT = Tensor.size, attrgetter("layout")
 # put into a module itself, a method of these names goes before its class's
 _METHODS = frozenset({"attention", "forward", "_call_impl", "_compiled_call_impl", "_conv_forward"})
 
@@ -168,7 +168,7 @@ class _Record:
     """Modules as they are now, in a form that is quickly compared with what they are later.
 
     Another attribute, one more or less, another child or another order of them, a hook, a parameter or buffer of a new
-    class, size or layout: each is a change. What parameters hold is none.
+    class, shape or layout: each is a change. What parameters hold is none.
     """
 
     def __init__(self, of: dict[str, Any], modules: list[nn.Module]) -> None:
@@ -180,7 +180,7 @@ class _Record:
         self.tensor_classes = [*map(type, tensors)]
         self.present = [tensor is not None for tensor in tensors]
         self.layouts = [tensor.layout for tensor in tensors if tensor is not None]
-        self.numbers = [tensor.numel() for tensor in tensors if tensor is not None]
+        self.shapes = [tensor.shape for tensor in tensors if tensor is not None]
         self.dictionaries: list[Any] = []
         self.keys: list[str] = []
         self.values: list[Any] = []
@@ -212,7 +212,7 @@ class _Record:
         if [*map(type, tensors)] != self.tensor_classes:
             return False
         there = [*itertools.compress(tensors, self.present)]
-        return [*map(_NUMBERS, there)] == self.numbers and [*map(_LAYOUT, there)] == self.layouts
+        return [*map(_SHAPE, there)] == self.shapes and [*map(_LAYOUT, there)] == self.layouts
 
     def unchanged(self) -> bool:
         # `map` and its functions run in C: no frame of Python's for each module

@@ -29,9 +29,15 @@ def _make(device):
     return randomise(clipfast.CLIP(*SIZES, vision_heads=2)).to(device).requires_grad_(False)
 
 
-def _rerun(function, device, pool):
+def _rerun(function, device, pool, side):
     output = function()
-    return graphs.Recording(lambda: output.copy_(function()), output, 1)
+
+    def replay():
+        # a GPU writes to memory in any mode
+        with torch.inference_mode():
+            output.copy_(function())
+
+    return graphs.Recording(replay, output, 1)
 
 
 def _texts(*lengths: int) -> torch.Tensor:
@@ -44,10 +50,10 @@ def _texts(*lengths: int) -> torch.Tensor:
 
 @pytest.fixture
 def model(device, monkeypatch):
-    """A small CLIP whose small batches are replayed; on a CPU as far as that goes."""
+    """A small CLIP whose batches are replayed; on a CPU as far as that goes."""
     if device == "cpu":
         monkeypatch.setattr(graphs, "record", _rerun)
-        monkeypatch.setattr(graphs, "suit", lambda model, x: not torch.is_grad_enabled() and graphs.fits(model, x))
+        monkeypatch.setattr(graphs, "suit", graphs._suits)
     with clipfast.backend("triton"), torch.no_grad():
         yield _make(device)
 
@@ -88,8 +94,9 @@ def test_what_runs_sequence_by_sequence_is_not_recorded(model, device, recorded)
     with clipfast.backend("torch"):
         for lengths in ((3, 9, 2), (5, 5, 4), (12, 1, 1)):
             text = _texts(*lengths).to(device)
-            got = graphs.encode_text(model, pack_text(text, 12, VOCABULARY, stable=True))
-            assert torch.equal(got, _without(model, lambda x=text: model.encode_text(x)))
+            packed, again = (pack_text(text, 12, VOCABULARY, stable=True) for _ in range(2))
+            got, wanted = graphs.encode_text(model, packed), model.encode_packed(again.to(device))
+            assert torch.equal(got, wanted)
     assert recorded == []
 
 
@@ -132,6 +139,78 @@ def test_weights_that_move_discard_the_recordings(model, device, recorded, where
         assert torch.equal(encode(given), _without(model, lambda e=encode, x=given: e(x)))
     # an image's recording reads no weight of the texts; all go as soon as one tower's have moved
     assert recorded == ["image", "text", *(["image", "text"] if where == "visual.proj" else ["text"])]
+
+
+def test_weights_laid_out_in_another_way_discard_the_recordings(model, device, recorded):
+    """At the same address: a recording knows of strides, shapes and dtypes what was true then."""
+    images = make_images(SIZES, 1).to(device)
+    model.encode_image(images)
+    weight = model.visual.transformer.resblocks[0].attn.out_proj.weight
+    weight.data = weight.data.t()
+    assert torch.equal(model.encode_image(images), _without(model, lambda: model.encode_image(images)))
+    weight.data = weight.data.view(torch.int32).view(torch.float32)
+    model.encode_image(images)
+    assert recorded == ["image"] * 2
+
+
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_a_recording_serves_in_every_mode_without_gradients(model, device, recorded, modes):
+    for seed, mode in enumerate(modes * 2):
+        images, text = make_images(SIZES, 2, seed).to(device), _texts(3, 9).to(device)
+        with mode():
+            got = model.encode_image(images), model.encode_text(text)
+        wanted = _without(model, lambda x=images, y=text: (model.encode_image(x), model.encode_text(y)))
+        assert all(map(torch.equal, got, wanted))
+        assert [x.is_inference() for x in got] == [mode is torch.inference_mode] * 2
+    assert recorded == ["image", "text"]
+
+
+def test_a_tensor_subclass_sees_every_function(model, device, recorded):
+    class Seen(torch.Tensor):
+        calls = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.calls += 1
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    images = make_images(SIZES, 1).to(device)
+    model.encode_image(images)
+    model.encode_image(images.as_subclass(Seen))
+    assert Seen.calls > 50 and recorded == ["image"]
+
+
+def test_replicas_of_data_parallel_are_not_recorded(model, device, recorded):
+    """They are other objects on each call, and their weights are no parameters."""
+    images, text = make_images(SIZES, 1).to(device), _texts(4).to(device)
+    replica = model._replicate_for_data_parallel()
+    for name, parameter in model.named_parameters(recurse=False):
+        setattr(replica, name, parameter.detach())
+    assert torch.equal(replica.encode_image(images), model.encode_image(images))
+    assert torch.equal(replica.encode_text(text), model.encode_text(text))
+    assert recorded == ["image", "text"]
+
+
+def test_another_switch_for_tf32_is_another_recording(model, device, recorded):
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("PyTorch before 2.9 has one switch")
+    images, before = make_images(SIZES, 1).to(device), matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            matmul.fp32_precision = precision
+            model.encode_image(images)
+    finally:
+        matmul.fp32_precision = before
+    assert len(recorded) == 2
+
+
+def test_a_tower_of_another_make_is_not_replayed(model, device, recorded):
+    del model.visual.positional_embedding
+    model.visual.positional_embedding = torch.nn.Embedding(5, 32, device=device)
+    model.visual.forward = lambda images: images.mean((2, 3))
+    assert model.encode_image(make_images(SIZES, 2).to(device)).shape == (2, 3)
+    assert recorded == []
 
 
 def test_a_hook_is_called_every_time(model, device, recorded):
@@ -185,10 +264,6 @@ def test_another_setting_is_another_recording(model, device, recorded):
         torch.set_float32_matmul_precision(before)
     model.encode_image(images)
     assert len(recorded) == 2
-    if device == "cpu":  # on a GPU only recordings of the Triton backend are made
-        with clipfast.backend("reference"):
-            model.encode_image(images)
-        assert len(recorded) == 3
 
 
 def test_recordings_do_not_keep_a_model_nor_travel_with_it(model, device, monkeypatch):
@@ -215,11 +290,17 @@ def test_a_refused_input_leaves_no_recording(model, device):
 
 
 def test_what_suits(device):
-    model = _make(device)
-    with torch.no_grad():
-        assert graphs.suit(model, torch.zeros(1, 3, 16, 16, device=device)) is (device != "cpu")
+    """On a GPU; what else is asked of a call is the same on every device."""
+    model, images = _make(device), torch.zeros(1, 3, 16, 16, device=device)
+    with torch.no_grad(), clipfast.backend("triton"):
+        assert graphs.suit(model, images) is (device != "cpu")
+        assert graphs._suits(model, images) and not graphs._suits(model, images[:0])
+        with torch.enable_grad():
+            assert not graphs._suits(model, images)
+        with torch.autocast(device, torch.bfloat16):
+            assert not graphs._suits(model, images)
         with clipfast.backend("torch"):
-            assert not graphs.suit(model, torch.zeros(1, 3, 16, 16, device=device))
+            assert not graphs._suits(model, images)
 
 
 def test_the_recording_used_longest_ago_goes_first(model, device, monkeypatch):

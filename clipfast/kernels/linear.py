@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast import tuning
+from clipfast import compat, tuning
 from clipfast.kernels import layer_norm, library
 
 # since Triton 3.4; 3.3 has them under a name that says experimental, and of another form
@@ -324,7 +324,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 
 def tf32_allowed(x: Tensor) -> bool:
     """Only where the user has asked PyTorch for it: torch.set_float32_matmul_precision("high")."""
-    return x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return x.dtype == torch.float32 and compat.allows_tf32()
 
 
 def mlp(

@@ -60,6 +60,12 @@ def _one_bias_for_all(block):
     block.mlp.c_fc.bias.data = block.mlp.c_fc.bias.data[:1]
 
 
+def _bias_as_a_row(block):
+    for owner, name in ((block.mlp.c_fc, "bias"), (block.attn, "in_proj_bias")):
+        bias = getattr(owner, name)
+        bias.data = 1.25 * bias.data[None]
+
+
 def _fewer_hidden_units(block):
     mlp = block.mlp
     mlp.c_fc.weight.data, mlp.c_fc.bias.data = mlp.c_fc.weight.data[:100], mlp.c_fc.bias.data[:100]
@@ -70,7 +76,7 @@ CHANGES = {
     change.__name__.strip("_"): change
     for change in (
         _last_again, _other_dictionary, _as_long_as_before, _other_hooks, _compiled_call, _other_child, _class, _heads,
-        _pruned_to_sparse, _one_bias_for_all, _fewer_hidden_units,
+        _pruned_to_sparse, _one_bias_for_all, _bias_as_a_row, _fewer_hidden_units,
     )
 }  # fmt: skip
 
