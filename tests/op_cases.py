@@ -252,7 +252,7 @@ def _recipes() -> dict[str, Callable[[], Case]]:
         ([50, 50], 192, 2, {"inner": 128}),
         ([17, 5], 96, 3, {"bias": False}),
         # large scores: the errors of a head's columns go together, so there are many sequences
-        ([30, 30, 9] * 8, 128, 2, {"size": 3}),
+        ([30, 30, 9] * 24, 128, 2, {"size": 3}),
     ]:
         made[f"attention_pool {lengths} {width} {[*options]}"] = partial(pool_case, lengths, width, heads, **options)
     for shape in [(2, 224, 224, 32, 192), (1, 224, 224, 16, 512), (3, 39, 35, 8, 64), (5, 15, 22, 7, 31)]:
