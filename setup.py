@@ -144,6 +144,9 @@ class BuildLibrary(build_ext):
             raise CompileError(f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not found")
         # kept between builds, so that an installation where nothing changed compiles nothing
         build = ROOT / "build" / f"cmake-{library.switch.lower()}"
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(build)  # the checkout was moved or copied, and CMake refuses
         options = [f"-DCLIPFAST_{each.switch}={'ON' if each is library else 'OFF'}" for each in LIBRARIES.values()]
         options += [f"-D{TOOLS[name][1]}={tools[name]}" for name in library.tools]
         doing = f"compiling {file.name} with {library.tools[0]}"

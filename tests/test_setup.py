@@ -117,6 +117,17 @@ def test_what_was_built_is_quiet_and_leaves_no_note(source):
     assert (status, shown) == (0, "") and wheel.name.endswith("-py3-none-any.whl")
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_what_was_compiled_elsewhere_is_compiled_anew(source, moved):
+    """CMake refuses a build folder that came along with a checkout."""
+    build = source / "build" / "cmake-cpu"
+    build.mkdir(parents=True)
+    home = "/elsewhere" if moved else source
+    (build / "CMakeCache.txt").write_text(f"CMAKE_HOME_DIRECTORY:INTERNAL={home}\n")
+    status, shown, _ = install(source, BUILT)
+    assert (status, shown) == (0, "") and build.exists() != moved
+
+
 def test_a_long_build_shows_that_it_lives(source):
     setup = source / "setup.py"
     setup.write_text(setup.read_text().replace("PAUSE = 20", "PAUSE = 0.1"))

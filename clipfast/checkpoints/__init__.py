@@ -120,8 +120,8 @@ def load(
 
     if name in MODELS:
         path = clip._download(MODELS[name], download_root or os.path.expanduser("~/.cache/clip"))
-    elif os.path.exists(name):
-        path = os.fspath(name)
+    elif os.path.exists(os.path.expanduser(name)):
+        path = os.path.expanduser(os.fspath(name))
     else:
         why = ": there is no such file or folder" if _looks_like_a_path(name) else ""
         raise RuntimeError(f"Model {name} not found{why}; available models = {available_models()}")
