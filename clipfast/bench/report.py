@@ -116,7 +116,7 @@ def markdown(
             machine = key.machine
             parts.append(
                 f"On {machine}: samples per second, medians of interleaved rounds. In brackets: how many times as fast "
-                "clipfast is. Behind a tower with text: tokens in a caption, uniform."
+                "clipfast is. In brackets behind text: how many tokens the captions have."
             )
         parts += _section(key, found[key], folder)
     parts += _tails([row for key in sorted(found) for row in found[key]])
