@@ -39,3 +39,15 @@ def test_a_failure_is_told(last, status, passed, failed, monkeypatch, capsys):
     result = capsys.readouterr().out
     assert f"PyTorch 9.9: {passed} passed, {failed} failed" in result
     assert ("FAILED tests/a.py" in result) == (failed > 0)
+
+
+def test_a_version_that_cannot_be_installed_does_not_end_the_others(monkeypatch, capsys):
+    def refuse(folder, version):
+        raise subprocess.CalledProcessError(1, ["pip"])
+
+    monkeypatch.setattr(versions, "make_environment", refuse)
+    assert versions.main(("2.98", "2.99")) == 1
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["2.98", "0", "1"],
+        ["2.99", "0", "1"],
+    ]

@@ -118,7 +118,10 @@ def run_tests(python: Path) -> tuple[str, int, float]:
 def try_version(version: str) -> Result:
     with tempfile.TemporaryDirectory(prefix="clipfast-") as folder:
         start = time.monotonic()
-        python = make_environment(Path(folder), version)
+        try:
+            python = make_environment(Path(folder), version)
+        except subprocess.CalledProcessError:  # pip has said why
+            return Result(version, "", 0, 1, 0, "", "failed", "")
         seconds = time.monotonic() - start
         size = sum(path.lstat().st_size for path in Path(folder).rglob("*"))
         output, status, took = run_tests(python)
