@@ -235,6 +235,19 @@ def _logit_gradients(function, leaves: dict[str, Tensor], images: Tensor, texts:
     return dict(zip(leaves, gradients, strict=True)) | {"logit_scale": torch.stack(rows)}
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_norm_in_half_precision(bias):
+    """`model.bfloat16()` casts its weights too, at which openai/CLIP raises: statistics stay float32 here."""
+    norm = randomise(clipfast.model.LayerNorm(64, bias=bias)).bfloat16()
+    x = torch.randn(200, 64).bfloat16()
+    exact = reference.layer_norm(
+        x.double(), norm.weight.double(), norm.bias.double() if bias else torch.zeros(64).double()
+    )
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert_accurate(norm(x), nn.LayerNorm.forward(norm, x), exact.detach())
+
+
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_float64_gradients_are_exact(config, activation):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import clipfast
 from clipfast import reference
 from clipfast.kernels import layer_norm as module
 
@@ -130,3 +131,11 @@ def test_rows_and_gradients_with_gaps(device):
     ):
         assert torch.equal(one, other)
         assert one.isfinite().all()
+
+
+def test_gradients_of_no_rows(device):
+    """Those of weight and bias are sums of nothing."""
+    weight, bias = (x.to(device).requires_grad_() for x in norm(8))
+    with clipfast.backend("triton"):
+        clipfast.ops.layer_norm(torch.empty(0, 8, device=device), weight, bias).sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight)) and torch.equal(bias.grad, torch.zeros_like(bias))

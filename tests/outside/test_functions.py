@@ -5,10 +5,14 @@ openai/CLIP looks each one up when it calls it.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from clipfast.watch import Functions
 
 from ..clips import RESNET, VIT, make_trio
 from .habits import BOTH, assert_habit, libraries, scaled, unchanged
@@ -84,3 +88,15 @@ def test_a_method_of_a_class_replaced(name, monkeypatch):
                 patch.setattr(module, "forward", scaled(module.forward), raising=False)
         assert_habit(trio, config, changes)
     assert_habit(trio, config, changes=())
+
+
+def test_what_was_replaced_before_the_import_is_watched_until_it_is_back():
+    """A profiler may be on when clipfast is imported."""
+    owner = SimpleNamespace(linear=scaled(F.linear), gelu=F.gelu)
+    functions = Functions()
+    functions.add(owner, "linear", "gelu", "not_in_this_pytorch")
+    assert not functions.unchanged()
+    owner.linear = F.linear
+    assert functions.unchanged()
+    owner.gelu = scaled(F.gelu)
+    assert not functions.unchanged()
