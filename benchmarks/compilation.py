@@ -248,9 +248,11 @@ def _reason(error: Exception) -> str:
 
 @functools.cache
 def _ptxas(architecture: int) -> str:
-    from triton.backends.nvidia.compiler import get_ptxas
+    from triton import knobs
 
-    return get_ptxas(architecture).version
+    # as triton.backends.nvidia.compiler chooses; before Triton 3.6 there is one for all
+    blackwell = architecture >= 100 and getattr(knobs.nvidia, "ptxas_blackwell", None)
+    return (blackwell or knobs.nvidia.ptxas).version
 
 
 def _output(*command: str | Path) -> str:
