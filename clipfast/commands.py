@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clipfast.checkpoints import available_models, load
 from clipfast.files import check_file, size_of, write_atomically
+from clipfast.inputs import is_here
 from clipfast.ops import logits
 from clipfast.tokenizer import tokenize
 from clipfast.words import counted
@@ -199,7 +200,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise CommandError(f"unknown device {name!r}; cpu, cuda, cuda:1 are some") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not is_here(device):
         raise CommandError(f"device {name!r} is not here: PyTorch sees {counted(torch.cuda.device_count(), 'GPU')}")
     return device
 

@@ -241,7 +241,6 @@ def encode_text(model: CLIP, packed: PackedText) -> Tensor:
     """
     device = model.positional_embedding.device
     graphs = _graphs_of(model)
-    tensors = (packed.ids, packed.positions, packed.last, packed.restore)
     shape = ("text", len(packed.ids), len(packed.restore), _setting(device))
     with graphs.lock:
         graphs.wait(device)
@@ -253,16 +252,14 @@ def encode_text(model: CLIP, packed: PackedText) -> Tensor:
             entry = graphs.entries.get(key)
             if entry is not None:
                 graphs.entries.move_to_end(key)
-                for static, fresh in zip(entry.inputs, (*tensors, *_tensors(plans)), strict=True):
+                for static, fresh in zip(entry.inputs, (*packed.tensors, *_tensors(plans)), strict=True):
                     static.copy_(fresh, non_blocking=True)
                 return graphs.replay(entry)
         return _add_text(graphs, model, packed, shape, device)
 
 
 def _add_text(graphs: Graphs, model: CLIP, packed: PackedText, shape: Hashable, device: torch.device) -> Tensor:
-    tensors = (packed.ids, packed.positions, packed.last, packed.restore)
-    ids, positions, last, restore = (_kept(x, device) for x in tensors)
-    static = PackedText(ids, positions, last, restore, packed.rows)
+    static = packed.map(lambda x: _kept(x, device))
     result = model.encode_packed(static)  # the kernels derive their plans from the rows
     if "runs" in vars(packed.rows):
         # something went sequence by sequence after all, such as PyTorch's attention for heads that the kernels refuse:
@@ -270,7 +267,7 @@ def _add_text(graphs: Graphs, model: CLIP, packed: PackedText, shape: Hashable, 
         return result
     makers = dict(packed.rows.makers)
     plans = [packed.rows.derive(key, make, device) for key, make in makers.items()]
-    inputs = (static.ids, static.positions, static.last, static.restore, *_tensors(plans))
+    inputs = (*static.tensors, *_tensors(plans))
     entry = graphs.add((shape, _constants(plans)), lambda: model.encode_packed(static), inputs, packed.rows)
     graphs.makers[shape] = makers
     return graphs.replay(entry)

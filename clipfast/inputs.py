@@ -15,6 +15,11 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+def is_here(device: torch.device) -> bool:
+    """Whether PyTorch sees this GPU; of other kinds of devices it is taken for granted."""
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
 def check_same_device(name: str, tensor: Tensor, weight: Tensor) -> None:
     """Raises RuntimeError if the input is not where the model is."""
     if isinstance(tensor, Tensor) and tensor.device != weight.device:

@@ -157,10 +157,16 @@ class PackedText:
     restore: Tensor
     rows: Rows
 
-    def to(self, device: torch.device) -> PackedText:
-        tensors = (self.ids, self.positions, self.last, self.restore)
-        ids, positions, last, restore = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.ids, self.positions, self.last, self.restore
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedText:
+        ids, positions, last, restore = map(change, self.tensors)
         return PackedText(ids, positions, last, restore, self.rows)
+
+    def to(self, device: torch.device) -> PackedText:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def pack_text(text: Tensor, context_length: int, vocab_size: int, *, stable: bool = False) -> PackedText:

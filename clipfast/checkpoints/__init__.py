@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import check_file, size_of, write_atomically
+from ..inputs import is_here
 from ..words import counted
 from . import archive, layouts
 from .archive import CheckpointError
@@ -102,7 +103,7 @@ def load(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.device(device)
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if not is_here(place):
         # before a download
         raise RuntimeError(f'there is no device "{place}": PyTorch {torch.__version__} sees {_gpus()}')
     dtype = _resolve_dtype(dtype, place)
