@@ -46,7 +46,7 @@ def test_tables_show_ratios_losses_and_what_was_not_timed(tmp_path):
     ]
     write(tmp_path, "a.csv", "2026-01-01", rows)
     (tmp_path / "a-linear.csv").write_text("date,rows\n2026-01-01,3\n")
-    text = report.markdown(report.read(tmp_path), "results")
+    text = report.tables(report.read(tmp_path), "results")
     assert "On A CPU, 2 threads, torch 2.0: " in text and "[a.csv](results/a.csv)" in text
     lines = text.splitlines()
     assert "| **clipfast** | **16** |" in lines and "| openai-clip | 8 (2.00x) |" in lines
@@ -64,11 +64,18 @@ def test_the_newest_file_counts_group_by_group(tmp_path):
     assert found == {("8", "b.csv", "0.5"), ("1", "a.csv", "1.0")}
 
 
+def test_the_second_run_of_a_day_is_newer(tmp_path):
+    write(tmp_path, "a-2026-01-01.csv", "2026-01-01", [row("clipfast", 1.0)])
+    write(tmp_path, "a-2026-01-01-2.csv", "2026-01-01", [row("clipfast", 0.5)])
+    (found,) = report.newest(report.read(tmp_path))
+    assert found["file"] == "a-2026-01-01-2.csv"
+
+
 def test_latency_start_and_pictures_are_shown_where_they_are(tmp_path):
     write(tmp_path, "a.csv", "2026-01-01", [row("clipfast", 0.5, batch=1)])
     rows = report.read(tmp_path)
     rows[0] |= {"p95_s": "0.75", "p99_s": "", "rounds": "40"}
-    assert "| M image float32 | clipfast | 500 | 750 |  | 40 |" in report.markdown(rows, "r").splitlines()
+    assert "| M image float32 | clipfast | 500 | 750 |  | 40 |" in report.tables(rows, "r").splitlines()
     columns = ["date", "model", "dtype", "contestant", "status", "import_s", "first_image_s", "second_image_s"]
     columns += ["first_text_s", "second_text_s", "peak_bytes"]
     values = ["2026-01-01", "M", "float32", "clipfast", "ok", "0.125", "0.5", "0.25", "0.2", "0.1", str(2**30)]
@@ -93,7 +100,7 @@ def test_only_the_section_is_replaced(tmp_path, capsys):
 def test_a_loss_says_whether_packing_ahead_wins_it_back(tmp_path):
     rows = [row("clipfast", 0.5), row("clipfast prepacked", 0.3), row("faster", 0.25), row("fast", 0.4)]
     write(tmp_path, "a.csv", "2026-01-01", rows)
-    lines = report.markdown(report.read(tmp_path), "results").splitlines()
+    lines = report.tables(report.read(tmp_path), "results").splitlines()
     assert "| clipfast prepacked | 26.7 (0.60x) |" in lines
     lost = "to fast (1.25x as fast; prepacked wins); in image float32 to faster (2x as fast; prepacked loses too)"
     assert f"**clipfast loses** in image float32 {lost}." in lines

@@ -29,6 +29,10 @@ _COLOURS = (
 )
 _MARKS = "osD^vP*Xhd"
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# title and rows of each
+Panels = Sequence[tuple[str, Sequence[Row]]]
+# colour and mark by contestant
+Style = Mapping[str, Mapping[str, Any]]
 
 
 def draw(rows: Sequence[Row], ceilings: Mapping[str, float], by: Mapping[str, str], stem: Path) -> list[Path]:
@@ -37,19 +41,39 @@ def draw(rows: Sequence[Row], ceilings: Mapping[str, float], by: Mapping[str, st
     by: what the ceilings of the dtypes were measured by; the fastest product where it does not say.
     Raises: ImportError without matplotlib.
     """
+    timed = [row for row in rows if row.get("median_s", "") != ""]
+    if not timed:
+        return []
+    pictures = {
+        "throughput": throughput(list(_panels(timed)), _style([row["contestant"] for row in timed])),
+        "ratios": ratios(timed),
+    }
+    if ceilings:
+        pictures["roofline"] = points(timed, ceilings, by)
+    return _write(pictures, stem)
+
+
+def draw_by_batch(panels: Mapping[str, Sequence[Row]], names: Sequence[str], title: str, stem: Path) -> list[Path]:
+    """<stem>-throughput and -floor, each .png and .svg; nothing without panels.
+
+    panels: their titles and rows.   names: contestants of all pictures that should share their colours.
+    Raises: ImportError without matplotlib.
+    """
+    if not panels:
+        return []
+    found, style = list(panels.items()), _style(names)
+    return _write({"throughput": throughput(found, style, title), "floor": floors(found, style, title)}, stem)
+
+
+def _write(figures: Mapping[str, Any], stem: Path) -> list[Path]:
+    """stem-<name>, each .png and .svg."""
     import matplotlib
 
     matplotlib.use("Agg")
     # the same rows give the same file
     matplotlib.rcParams["svg.hashsalt"] = "clipfast"
-    timed = [row for row in rows if row.get("median_s", "") != ""]
-    if not timed:
-        return []
-    pictures = {"throughput": throughput(timed), "ratios": ratios(timed)}
-    if ceilings:
-        pictures["roofline"] = points(timed, ceilings, by)
     written = []
-    for name, figure in pictures.items():
+    for name, figure in figures.items():
         for kind in ("png", "svg"):
             path = stem.with_name(f"{stem.name}-{name}.{kind}")
             write_picture(figure, path, dpi=110, metadata={"Date": None} if kind == "svg" else None)
@@ -75,8 +99,8 @@ def _panels(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 def _figure(count: int, width: float = 4.2, height: float = 3.2):
     from matplotlib.figure import Figure
 
-    across = min(4, count)
-    down = -(-count // across)
+    down = -(-count // 4)
+    across = -(-count // down)
     figure = Figure(figsize=(width * across, height * down + 0.8), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flatten()
     for axis in axes[count:]:
@@ -84,24 +108,48 @@ def _figure(count: int, width: float = 4.2, height: float = 3.2):
     return figure, axes
 
 
-def throughput(rows: Sequence[Row]):
-    """Samples per second by batch size, a panel for each model, tower and dtype."""
-    panels, style = list(_panels(rows)), _style([row["contestant"] for row in rows])
+def throughput(panels: Panels, style: Style, title: str = ""):
+    """Samples per second by batch size."""
+    figure, axes = _by_batch(panels, style, "samples_per_s", title)
+    for axis in axes:
+        axis.set(yscale="log", ylabel="samples/s")
+    return figure
+
+
+def floors(panels: Panels, style: Style, title: str = ""):
+    """Share of the floor by batch size: 100 % is the least time that the ceilings allow."""
+    figure, axes = _by_batch(panels, style, "of_floor", title)
+    for axis in axes:
+        axis.set(ylabel="share of the floor")
+        axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter("{x:.0%}")
+    return figure
+
+
+def _by_batch(panels: Panels, style: Style, column: str, title: str):
+    """A line for each contestant."""
     figure, axes = _figure(len(panels))
-    for axis, (title, group) in zip(axes, panels, strict=False):
+    if title:
+        figure.suptitle(title)
+    for axis, (panel, group) in zip(axes, panels, strict=False):
         for name, look in style.items():
             points = sorted(
-                (int(row["batch"]), float(row["samples_per_s"])) for row in group if row["contestant"] == name
+                (int(row["batch"]), float(row[column]))
+                for row in group
+                if row["contestant"] == name and row[column] != ""
             )
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=2 if name == peers.OURS else 1, **look)
+                # a single point would be lost behind the lines
+                order = 2 if len(points) > 1 else 3
+                width = 2 if name == peers.OURS else 1
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=width, zorder=order, **look)
         batches = sorted({int(row["batch"]) for row in group})
-        axis.set(xscale="log", yscale="log", title=title, xlabel="batch size", ylabel="samples/s")
+        axis.set(xscale="log", title=panel, xlabel="batch size")
         axis.set_xticks(batches, [str(batch) for batch in batches])
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     _legend(figure, axes)
-    return figure
+    return figure, axes
 
 
 def ratios(rows: Sequence[Row]):

@@ -1,5 +1,7 @@
 """The README's tables from the results files: nothing in them is typed by hand, and each names the file it is from.
 
+What follows is `clipfast bench`'s; gpu_report.py has the tables of `python -m benchmarks.gpu`, which go behind them.
+
     python -m clipfast.bench.report [--results benchmarks/results] [--readme README.md] [--check] [--plots]
 
 Of a group (model, tower, dtype, batch, captions on one machine) that several files hold the newest counts. --check
@@ -12,20 +14,18 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipfast.bench import peers
+from clipfast.bench import gpu_report, markdown, peers
 from clipfast.bench.harness import Row
+from clipfast.bench.markdown import TOWERS, three
 from clipfast.files import write_bytes
 
 BEGIN, END = "<!-- results: made by `make readme`, do not edit -->", "<!-- results: end -->"
 NEEDED = {"model", "tower", "dtype", "batch", "contestant", "median_s", "samples_per_s"}
-TOWERS = {"image": "image", "text": "text", "both": "both towers", "train": "train step"}
 KINDS = ("ratios", "throughput", "roofline")
-# shown where there is no figure
-STATUS = {"skipped": "out of time", "missing": "", "untimed": ""}
 
 
 class Key(NamedTuple):
@@ -41,12 +41,7 @@ def read(folder: Path) -> list[Row]:
 
     Raises: ValueError if there is none.
     """
-    rows: list[Row] = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if set(reader.fieldnames or ()) >= NEEDED:
-                rows += [{**row, "file": path.name} for row in reader]
+    rows = markdown.read(folder, NEEDED)
     if not rows:
         raise ValueError(f"{folder} has no results of whole models")
     return rows
@@ -57,7 +52,7 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     groups: dict[tuple[str, ...], dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         key = (_machine(row), *(row[name] for name in ("model", "tower", "dtype", "batch")), row.get("captions") or "")
-        groups.setdefault(key, {}).setdefault((row["date"], row["file"]), []).append(row)
+        groups.setdefault(key, {}).setdefault(markdown.age(row), []).append(row)
     chosen: list[Row] = []
     for files in groups.values():
         timed = {name: found for name, found in files.items() if any(_is_ours(row) for row in found)}
@@ -66,7 +61,7 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def _is_ours(row: Row) -> bool:
-    return row["contestant"] == peers.OURS and row["median_s"] != ""
+    return row["contestant"] == peers.OURS and markdown.is_timed(row)
 
 
 def _machine(row: Row) -> str:
@@ -78,10 +73,14 @@ def _machine(row: Row) -> str:
 def made(results: Path, folder: str) -> str:
     """The section of all results, with the pictures beside them.   folder: theirs, as a link sees it.
 
-    Raises: ValueError if there are none.
+    Raises: ValueError if there are none of `clipfast bench`.
     """
     pictures = {path.name for path in results.glob("*.svg")}
-    return markdown(read(results), folder, read_start(results), pictures)
+    parts = (
+        tables(read(results), folder, read_start(results), pictures),
+        gpu_report.section(results, folder, pictures),
+    )
+    return "\n\n".join(parts)
 
 
 def read_start(folder: Path) -> list[Row]:
@@ -95,10 +94,8 @@ def read_start(folder: Path) -> list[Row]:
     return files[max(files)] if files else []
 
 
-def markdown(
-    rows: Sequence[Row], folder: str, start: Sequence[Row] = (), pictures: Collection[str] = frozenset()
-) -> str:
-    """The whole generated section, without its marks.
+def tables(rows: Sequence[Row], folder: str, start: Sequence[Row] = (), pictures: Collection[str] = frozenset()) -> str:
+    """The part of `clipfast bench`.
 
     folder: of the files, as a link sees it.   start: rows of `read_start`.   pictures: names of those there are.
     """
@@ -133,24 +130,11 @@ def _section(key: Key, rows: Sequence[Row], folder: str) -> Iterator[str]:
     files = ", ".join(f"[{name}]({folder}/{name})" for name in sorted({row["file"] for row in rows}))
     columns = _columns(rows)
     yield f"**{key.model}, batch {key.batch}** ({files})"
-    cells = {(row["contestant"], _column(row)): row for row in rows}
-    ours = {column: cells.get((peers.OURS, column), {}) for column in columns}
-    names = sorted({row["contestant"] for row in rows}, key=_order)
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for name in names:
-        texts = [_cell(cells.get((name, column)), ours[column], name) for column in columns]
-        if any(texts):
-            bold = "**" if name == peers.OURS else ""
-            lines.append(f"| {bold}{name}{bold} | " + " | ".join(texts) + " |")
-    yield "\n".join(lines)
-    lost = sorted(_losses(cells, ours))
-    if lost:
-        yield "**clipfast loses** " + "; ".join(lost) + "."
+    yield from markdown.table(rows, columns, _column)
 
 
 def _column(row: Row) -> str:
-    captions = f" ({row['captions']})" if row.get("captions") else ""
-    return f"{TOWERS[row['tower']]}{captions} {row['dtype']}"
+    return f"{markdown.tower(row)} {row['dtype']}"
 
 
 def _columns(rows: Iterable[Row]) -> list[str]:
@@ -161,45 +145,12 @@ def _columns(rows: Iterable[Row]) -> list[str]:
     return [column for *_, column in sorted(kinds)]
 
 
-def _order(name: str) -> tuple[int, str]:
-    first = (peers.OURS, peers.PREPACKED, peers.OPENAI, "open_clip")
-    return (first.index(name) if name in first else len(first), name)
-
-
-def _cell(row: Row | None, ours: Mapping[str, str], name: str) -> str:
-    if row is None:
-        return ""
-    if row["median_s"] == "":
-        return STATUS.get(row["status"], row["status"])
-    rate = _three(float(row["samples_per_s"]))
-    if name == peers.OURS:
-        return f"**{rate}**"
-    if ours.get("median_s", "") == "":
-        return rate
-    about = ", approximate" if row["status"] == "approximate" else ""
-    return f"{rate} ({float(row['median_s']) / float(ours['median_s']):.2f}x{about})"
-
-
-def _losses(cells: Mapping[tuple[str, str], Row], ours: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    for (name, column), row in cells.items():
-        others = name not in (peers.OURS, peers.PREPACKED)
-        if others and row["median_s"] != "" and ours[column].get("median_s", "") != "":
-            theirs = float(row["median_s"])
-            ratio = float(ours[column]["median_s"]) / theirs
-            if ratio > 1:
-                about = ", approximate" if row["status"] == "approximate" else ""
-                packed = cells.get((peers.PREPACKED, column), {}).get("median_s")
-                if packed:
-                    about += f"; prepacked {'wins' if float(packed) < theirs else 'loses too'}"
-                yield f"in {column} to {name} ({_three(ratio)}x as fast{about})"
-
-
 def _tails(rows: Sequence[Row]) -> Iterator[str]:
     """Percentiles of single calls, where enough were made."""
     lines = []
     for row in rows:
         if row["batch"] == "1" and row.get("p95_s"):
-            times = [_three(1e3 * float(row[name])) if row.get(name) else "" for name in ("median_s", "p95_s", "p99_s")]
+            times = [three(1e3 * float(row[name])) if row.get(name) else "" for name in ("median_s", "p95_s", "p99_s")]
             lines.append(
                 f"| {row['model']} {_column(row)} | {row['contestant']} | {' | '.join(times)} | {row['rounds']} |"
             )
@@ -219,7 +170,7 @@ def _start(rows: Sequence[Row], folder: str) -> Iterator[str]:
     lines = ["| | import, s | first image, ms | second | first caption, ms | second | memory, MiB |", "|---" * 7 + "|"]
     for row in timed:
         calls = [f"{w}_{t}_s" for t in ("image", "text") for w in ("first", "second")]
-        times = [_three(1e3 * float(row[column])) for column in calls]
+        times = [three(1e3 * float(row[column])) for column in calls]
         memory = f"{float(row['peak_bytes']) / 2**20:.0f}"
         lines.append(f"| {row['contestant']} | {float(row['import_s']):.2f} | {' | '.join(times)} | {memory} |")
     yield "\n".join(lines)
@@ -247,11 +198,6 @@ def _same(a: Row, b: Row) -> bool:
     return all(a.get(name) == b.get(name) for name in ("file", "model", "tower", "dtype", "batch", "captions"))
 
 
-def _three(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def replaced(readme: str, section: str) -> str:
     """The README's text with its generated section replaced. Raises ValueError if the marks are not there."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
@@ -261,7 +207,7 @@ def replaced(readme: str, section: str) -> str:
 
 
 def draw(folder: Path) -> list[Path]:
-    """The pictures of each file that has its JSON beside it."""
+    """The pictures of each file of `clipfast bench` that has its JSON beside it, and of each of a GPU run."""
     from clipfast.bench import plots
 
     written = []
@@ -273,7 +219,7 @@ def draw(folder: Path) -> list[Path]:
             # older files have the fastest products, and do not say so
             by = found.get("ceilings_by", {})
             written += plots.draw(rows, found["ceilings"], by, (folder / name).with_suffix(""))
-    return written
+    return written + gpu_report.draw(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
