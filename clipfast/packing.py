@@ -88,35 +88,65 @@ class Rows:
         lengths = self.lengths[first:last]
         return Rows.fixed(len(lengths), lengths[0]) if len(set(lengths)) == 1 else Rows(lengths)
 
+    def traced_lengths(self) -> tuple[int, ...]:
+        """The lengths while torch.compile traces: plain numbers, though it had seen others and made symbols of them."""
+        return tuple(len(range(length)) for length in self.lengths)
+
     def offsets(self, device: torch.device | str = "cpu") -> Tensor:
         """[B + 1] int32, first row of each sequence; the last entry is T."""
         bounds = [0, *itertools.accumulate(self.lengths)]
         return torch.tensor(bounds, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
-    @cached_property
-    def _derived(self) -> dict[tuple[Hashable, torch.device], Any]:
-        return {}
+    # setdefault, not cached_property: of several threads all get the one that is kept, and a CUDA graph's stays
+    @property
+    def _derived(self) -> dict[tuple[Hashable, torch.device], dict[Any, Any]]:
+        return vars(self).setdefault("_derived_from_these", {})
 
-    @cached_property
+    @property
     def makers(self) -> dict[Hashable, Callable[[Rows], Any]]:
         """How each thing derived from these rows is made from other ones."""
-        return {}
+        return vars(self).setdefault("_makers", {})
 
     def derive(self, key: Hashable, make: Callable[[Rows], Derived], device: torch.device) -> Derived:
         """What a kernel makes of the lengths, its tensors on a device: made once and kept as long as the rows are.
 
         Every layer asks for the same; and a CUDA graph, which reads tensors by address, keeps them by keeping its rows.
+        Each stream of a GPU has its own: what is copied and freed in one is not waited for in another. Stable rows
+        belong to one batch, which is in one stream, or to a graph, which is recorded in another and replayed in any.
         key:  what it is; one key, one make.
         make: from the rows, a tensor on the CPU or a named tuple with such tensors in it.
         """
-        found = self._derived.get((key, device))
+        stream = None if self.stable or device.type != "cuda" else torch.cuda.current_stream(device)
+        of_streams = self._derived.setdefault((key, device), {})
+        found = of_streams.get(stream)
+        if found is None and of_streams and stream is not None and torch.cuda.is_current_stream_capturing():
+            # the caller's own graph, warmed up in another stream, as is usual: nothing can be copied to the GPU now
+            return next(iter(of_streams.values()))
         if found is None:
             self.makers[key] = make
             with torch.inference_mode(False):  # it may outlive the caller's inference mode
                 made = make(self)
                 found = map_tensors(made, lambda tensor: tensor.to(device, non_blocking=True))
-            self._derived[key, device] = found
+            found = of_streams.setdefault(stream, found)
         return found
+
+
+@functools.lru_cache(maxsize=64)
+def _of_lengths(lengths: tuple[int, ...], stable: bool) -> Rows:
+    return Rows(lengths, stable)
+
+
+def derive_for_good(
+    lengths: tuple[int, ...], stable: bool, key: Hashable, make: Callable[[Rows], Derived], device: torch.device
+) -> Derived:
+    """`Rows.derive` for a graph of torch.compile, which is traced once and runs in any stream.
+
+    From plain numbers: PyTorch 2.11 takes no Rows for a constant.
+    """
+    found = _of_lengths(lengths, stable).derive(key, make, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return found
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -6,16 +6,20 @@ part.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import clipfast
-from clipfast import graphs
+from clipfast import compat, graphs
 from clipfast.packing import filling, pack_text
 
 from .clips import make_images, randomise
@@ -287,6 +291,75 @@ def test_a_refused_input_leaves_no_recording(model, device):
     assert not graphs._models[model].entries
     images = make_images(SIZES, 1).to(device)
     assert torch.equal(model.encode_image(images), _without(model, lambda: model.encode_image(images)))
+
+
+def test_threads_share_the_recordings_of_a_model(monkeypatch):
+    """However long the first of them takes to make the place for them."""
+
+    class Slow(graphs.Graphs):
+        def __init__(self):
+            time.sleep(0.05)
+            super().__init__()
+
+    monkeypatch.setattr(graphs, "Graphs", Slow)
+    model = torch.nn.Linear(1, 1)
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda _: graphs._graphs_of(model), range(8))]
+    assert len(set(map(id, found))) == 1 and graphs._graphs_of(model) is found[0]
+
+
+class MockedCuda:
+    """In the place of torch.cuda, while `record` runs: notes what is called, and keeps account of reserved memory."""
+
+    def __init__(self):
+        self.calls, self.cached, self.used = [], 5000, 1000
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self.calls.append(name)
+
+    def memory_reserved(self, device):
+        self.calls.append("memory_reserved")
+        return self.cached + self.used
+
+    def empty_cache(self):
+        self.calls.append("empty_cache")
+        self.cached = 0
+
+    def current_stream(self, device):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def stream(self, side):
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, **options):
+        # as PyTorch's own, which empties the cache before it captures
+        self.empty_cache()
+        self.calls.append("begin")
+        yield
+        self.calls.append("end")
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: None)
+
+
+def test_a_recording_counts_its_own_memory_and_has_a_workspace_of_its_own(monkeypatch):
+    """With torch.cuda mocked: the cache is emptied before its size is read, and cuBLAS forgets its memory around it."""
+    cuda = MockedCuda()
+    monkeypatch.setattr(graphs.torch, "cuda", cuda)
+    monkeypatch.setattr(compat, "clear_cublas_workspaces", lambda: cuda.calls.append("clear"))
+
+    def launch():
+        cuda.calls.append("launch")
+        cuda.used += 700 if "begin" in cuda.calls else 0
+        return torch.zeros(1)
+
+    made = graphs.record(launch, torch.device("cuda"), None, SimpleNamespace(wait_stream=lambda other: None))
+    assert made.n_bytes == 700, "and none of the 5000 that were only kept for later"
+    assert cuda.calls[:2] == ["launch"] * 2
+    around = [call for call in cuda.calls if call in ("clear", "begin", "launch", "end")][2:]
+    assert around == ["clear", "begin", "launch", "end", "clear"]
 
 
 def test_what_suits(device):

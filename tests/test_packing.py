@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipfast import packing
 from clipfast.packing import PackedText, Rows, pack_text
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=8)
@@ -149,3 +154,59 @@ def test_equal_lengths_keep_the_callers_order():
 def test_wrong_ids(text, error, message):
     with pytest.raises(error, match=message):
         pack_text(text, 12, 30)
+
+
+# ---- what kernels derive from rows ----
+
+
+@pytest.fixture
+def mocked_cuda(monkeypatch):
+    """torch.cuda mocked: the current stream is what a test says, and copies to the GPU are left out."""
+    state = SimpleNamespace(stream="first", capturing=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(packing, "map_tensors", lambda made, change: made)
+    return state
+
+
+def test_each_stream_has_what_it_derived_itself(mocked_cuda):
+    """What one stream copies to the GPU another does not wait for, nor for what it still reads when that is freed."""
+    rows, gpu = Rows((3, 4)), torch.device("cuda", 0)
+    first = rows.derive("offsets", Rows.offsets, gpu)
+    assert rows.derive("offsets", Rows.offsets, gpu) is first
+    mocked_cuda.stream = "second"
+    second = rows.derive("offsets", Rows.offsets, gpu)
+    assert second is not first and rows.derive("offsets", Rows.offsets, gpu) is second
+    mocked_cuda.stream = "first"
+    assert rows.derive("offsets", Rows.offsets, gpu) is first
+    assert rows.derive("offsets", Rows.offsets, torch.device("cuda", 1)) is not first
+
+
+def test_a_callers_graph_takes_what_was_derived_while_it_warmed_up(mocked_cuda):
+    rows, gpu = Rows((3, 4)), torch.device("cuda", 0)
+    warm = rows.derive("offsets", Rows.offsets, gpu)
+    mocked_cuda.stream, mocked_cuda.capturing = "capture", True
+    assert rows.derive("offsets", Rows.offsets, gpu) is warm
+    mocked_cuda.capturing = False
+    assert rows.derive("offsets", Rows.offsets, gpu) is not warm
+
+
+def test_stable_rows_are_recorded_in_one_stream_and_replayed_in_another(mocked_cuda):
+    rows, gpu = Rows((3, 4), stable=True), torch.device("cuda", 0)
+    first = rows.derive("offsets", Rows.offsets, gpu)
+    mocked_cuda.stream = "second"
+    assert rows.derive("offsets", Rows.offsets, gpu) is first
+
+
+def test_threads_derive_one_thing():
+    """A graph reads it by address: a second one must not take the place of the first, whoever is done later."""
+    rows = Rows((3, 4))
+
+    def slow(rows):
+        time.sleep(0.05)
+        return rows.offsets()
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda _: rows.derive("offsets", slow, torch.device("cpu")), range(8))]
+    assert len(set(map(id, found))) == 1
+    assert [*rows.makers] == ["offsets"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast import packing, tuning
-from clipfast.packing import Rows
+from clipfast.packing import Rows, derive_for_good
 
 
 class Plan(NamedTuple):
@@ -72,13 +72,26 @@ def backward_plan(
     return Plan(config.block, _blocks(rows, config.block), None, False, _tail(rows.lengths, causal, config.inner))
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the plan, not its making
 def on_device(rows: Rows, device: torch.device, *choices: Any) -> Plan:
     """`plan` with its tensors on the device, made once; choices: its arguments after the rows."""
+    if torch.compiler.is_compiling():
+        return _constant(rows.traced_lengths(), rows.stable, device, *choices)
     return rows.derive(("attention", *choices), lambda rows: plan(rows, *choices), device)
 
 
-@torch.compiler.assume_constant_result
 def backward_on_device(rows: Rows, device: torch.device, *choices: Any) -> Plan:
     """As `on_device`, of `backward_plan`."""
+    if torch.compiler.is_compiling():
+        return _backward_constant(rows.traced_lengths(), rows.stable, device, *choices)
     return rows.derive(("attention_bwd", *choices), lambda rows: backward_plan(rows, *choices), device)
+
+
+@torch.compiler.assume_constant_result  # a compiled graph holds the plan, not its making
+def _constant(lengths: tuple[int, ...], stable: bool, device: torch.device, *choices: Any) -> Plan:
+    return derive_for_good(lengths, stable, ("attention", *choices), lambda rows: plan(rows, *choices), device)
+
+
+@torch.compiler.assume_constant_result
+def _backward_constant(lengths: tuple[int, ...], stable: bool, device: torch.device, *choices: Any) -> Plan:
+    key = ("attention_bwd", *choices)
+    return derive_for_good(lengths, stable, key, lambda rows: backward_plan(rows, *choices), device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from clipfast import tuning
 from clipfast.kernels import eager, library, linear
 from clipfast.kernels.attention import LOG2_E
-from clipfast.packing import Rows
+from clipfast.packing import Rows, derive_for_good
 
 
 @triton.jit
@@ -215,9 +215,15 @@ def plan(rows: Rows) -> Plan:
     return Plan(rows.offsets(), longest)
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the plan, not its making
 def _plan(rows: Rows, device: torch.device) -> Plan:
+    if torch.compiler.is_compiling():
+        return _constant_plan(rows.traced_lengths(), rows.stable, device)
     return rows.derive("attention_pool", plan, device)
+
+
+@torch.compiler.assume_constant_result  # a compiled graph holds the plan, not its making
+def _constant_plan(lengths: tuple[int, ...], stable: bool, device: torch.device) -> Plan:
+    return derive_for_good(lengths, stable, "attention_pool", plan, device)
 
 
 def attention_pool(

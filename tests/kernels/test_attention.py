@@ -16,7 +16,7 @@ from clipfast.kernels import attention_pool as pool
 from clipfast.packing import Rows
 
 from ..accuracy import assert_accurate
-from ..op_cases import PEERS, pool_case
+from ..op_cases import PEERS, laid_out_on, pool_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = torch.bfloat16
@@ -116,7 +116,7 @@ def test_strides(length, causal, device):
     ]
     for qkv in slices:
         assert not qkv.is_contiguous()
-        ours = module.attention(qkv.to(device) if device == "cuda" else qkv, Rows((length,)), causal, None)
+        ours = module.attention(laid_out_on(qkv, device), Rows((length,)), causal, None)
         check(qkv, [length], causal, device, ours=ours)
 
 
@@ -195,18 +195,14 @@ def test_every_configuration(config, dtype, width, tf32, arch, longest, many, de
 # ---- laws ----
 
 
-def _on_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @given(lengths=LENGTHS, seed=SEEDS, data=st.data(), dtype=st.sampled_from([torch.float32, HALF]))
 @FEW
-def test_a_later_token_changes_no_earlier_causal_row(lengths, seed, data, dtype):
+def test_a_later_token_changes_no_earlier_causal_row(device, lengths, seed, data, dtype):
     torch.manual_seed(seed)
     if dtype == HALF and data.draw(st.booleans()):
         lengths = [*lengths, 130]
     rows = Rows(tuple(lengths))
-    qkv = random_qkv(lengths, 1, 16, dtype).to(_on_device())
+    qkv = random_qkv(lengths, 1, 16, dtype).to(device)
     before = module.attention(qkv, rows, True, None)
     cut = data.draw(st.integers(0, len(qkv)))
     qkv[cut:] = 10 * torch.randn_like(qkv[cut:])
@@ -217,9 +213,9 @@ def test_a_later_token_changes_no_earlier_causal_row(lengths, seed, data, dtype)
 
 @given(lengths=LENGTHS, seed=SEEDS, causal=st.booleans(), dtype=st.sampled_from([torch.float32, HALF]))
 @FEW
-def test_neighbours_change_nothing(lengths, seed, causal, dtype):
+def test_neighbours_change_nothing(device, lengths, seed, causal, dtype):
     torch.manual_seed(seed)
-    qkv = random_qkv(lengths, 1, 16, dtype).to(_on_device())
+    qkv = random_qkv(lengths, 1, 16, dtype).to(device)
     together = module.attention(qkv, Rows(tuple(lengths)), causal, None)
     alone = [module.attention(part, Rows((len(part),)), causal, None) for part in qkv.split(lengths)]
     for i, (got, wanted) in enumerate(zip(together.split(lengths), alone, strict=True)):
@@ -232,14 +228,14 @@ def test_neighbours_change_nothing(lengths, seed, causal, dtype):
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=SEEDS, long=st.booleans())
 @FEW
-def test_the_order_of_keys_and_values_changes_nothing(lengths, seed, long):
+def test_the_order_of_keys_and_values_changes_nothing(device, lengths, seed, long):
     torch.manual_seed(seed)
     lengths = [*lengths, 193] if long else lengths
     starts = [0, *accumulate(lengths)]
     order = torch.cat([start + torch.randperm(n) for start, n in zip(starts, lengths, strict=False)])
     qkv, rows = random_qkv(lengths, 1, 16, torch.float32), Rows(tuple(lengths))
     shuffled = torch.cat([qkv[:, :1], qkv[order, 1:]], dim=1)
-    got, wanted = (module.attention(x.to(_on_device()), rows, False, None) for x in (shuffled, qkv))
+    got, wanted = (module.attention(x.to(device), rows, False, None) for x in (shuffled, qkv))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -447,9 +443,8 @@ def test_pool_weights(device, poisoned_memory):
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=SEEDS)
 @FEW
-def test_pool_ignores_the_order_of_tokens_and_the_neighbours(lengths, seed):
+def test_pool_ignores_the_order_of_tokens_and_the_neighbours(device, lengths, seed):
     torch.manual_seed(seed)
-    device = _on_device()
     query, tokens, _, *weights = pool_case(lengths, 32, 2).map(lambda x: x.to(device)).arguments
     got = pool.attention_pool(query, tokens, Rows(tuple(lengths)), *weights, 2)
     starts = [0, *accumulate(lengths)]
@@ -486,7 +481,13 @@ def test_compiled(dtype, device):
     def compiled(qkv, query):
         return module.attention(qkv, rows, True, None) * 2, pool.attention_pool(query, tokens, rows, *weights, 2) * 2
 
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def of_rows(qkv, rows):
+        return module.attention(qkv, rows, True, None) * 2
+
     with torch.no_grad():
+        for several in (rows, Rows((17, 18)), Rows((5, 30))):
+            torch.testing.assert_close(of_rows(qkv, several), module.attention(qkv, several, True, None) * 2)
         attended, pooled = compiled(qkv, query)
         torch.testing.assert_close(attended, module.attention(qkv, rows, True, None) * 2)
         torch.testing.assert_close(pooled, pool.attention_pool(query, tokens, rows, *weights, 2) * 2)

@@ -13,6 +13,7 @@ from clipfast.kernels import library
 from clipfast.kernels import linear as module
 
 from ..accuracy import assert_accurate
+from ..backends import interpreted
 from ..op_cases import PEERS, weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -124,9 +125,8 @@ def test_the_cheaper_tanh_is_the_same_function(device):
     assert ((got.double().cpu() - exact).abs() <= bound).all()
 
 
-def test_an_instruction_without_a_stand_in_is_named(device):
-    if device != "cpu":
-        pytest.skip("a GPU has them all")
+@interpreted
+def test_an_instruction_without_a_stand_in_is_named():
     from triton.runtime.interpreter import InterpreterBuilder
 
     with pytest.raises(NotImplementedError, match="ex2.approx.*the interpreter knows tanh.approx"):
@@ -169,6 +169,24 @@ def test_tf32_only_when_asked_for(device):
         assert not module.tf32_allowed(x.half())
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="since PyTorch 2.9")
+@pytest.mark.parametrize("switch", [torch.backends.cuda.matmul, torch.backends], ids=["of products", "of everything"])
+def test_the_newer_switch_for_tf32(switch, device):
+    """Once it says tf32, PyTorch raises where it is asked by the older name, in every dtype."""
+    x, switches = torch.randn(3, 8, device=device), (torch.backends.cuda.matmul, torch.backends)
+    before = [each.fp32_precision for each in switches]
+    try:
+        # what is said of products alone goes before what is said of everything
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        for precision in ("tf32", "ieee"):
+            switch.fp32_precision = precision
+            assert module.tf32_allowed(x) is (precision == "tf32")
+            check(*operands(5, 24, 32, torch.bfloat16, device))
+    finally:
+        for each, precision in zip(switches, before, strict=True):
+            each.fp32_precision = precision
 
 
 def test_registered(device):
