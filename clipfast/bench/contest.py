@@ -110,7 +110,7 @@ def check(
         if entry.approximate:
             wrong = "" if found["cos_gap_p99"] <= ROUGHEST_GAP else f"cos_gap_p99 > {ROUGHEST_GAP:g}"
         elif not wrong and first is not None:
-            wrong = _differs(output, first, dtype, truth.embeddings)
+            wrong = differs(output, first, dtype, truth.embeddings)
         rows[name] = {"status": "WRONG", "note": wrong, **found} if wrong else {"status": "untimed", **found}
         if not wrong:
             accepted[name] = entry.call
@@ -119,7 +119,7 @@ def check(
     return accepted
 
 
-def _differs(output: Tensor, first: tuple[str, Tensor], dtype: torch.dtype, embeddings: int) -> str:
+def differs(output: Tensor, first: tuple[str, Tensor], dtype: torch.dtype, embeddings: int) -> str:
     """Empty, or which row is not that of the first contestant: float64 sees a few samples only."""
     # each may be SLACK from the exact answer, on opposite sides: twice the angle
     bound = 4 * embeddings**2 * harness.SLACK * COSINE_GAPS[dtype]

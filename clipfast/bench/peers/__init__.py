@@ -148,7 +148,10 @@ def declare_torchvision_operators() -> torch.library.Library | None:
 
 
 class uninitialised(TorchFunctionMode):
-    """Inside, torch.nn's initialisations do nothing: every parameter is loaded next, and drawing them takes seconds."""
+    """Inside, torch.nn's initialisations do nothing: every parameter is loaded next, and drawing them takes seconds.
+
+    Models are made inside `with spec.device` as well: weights that lie on a GPU do not go through the host again.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")

@@ -58,7 +58,7 @@ def model(spec: Spec, attention: str) -> nn.Module:
         projection_dim=sizes["embed_dim"],
         attn_implementation=attention,
     )
-    with uninitialised():
+    with spec.device, uninitialised():
         made = library.CLIPModel(config)
     made.load_state_dict(weights)
     return made.to(spec.dtype).eval().to(spec.device)

@@ -18,7 +18,7 @@ def model(spec: Spec) -> nn.Module:
     Not through its build_model: that rounds float32 weights through float16, and has no bfloat16.
     """
     library = module("clip", OPENAI)
-    with uninitialised():
+    with spec.device, uninitialised():
         made = library.model.CLIP(**spec.architecture)
     made.load_state_dict(spec.weights)
     if spec.dtype != torch.float32:

@@ -14,7 +14,7 @@ def model(spec: Spec) -> nn.Module:
     """In eval mode on the spec's device."""
     library, sizes = module("open_clip", "open_clip_torch"), spec.architecture
     half = spec.dtype != torch.float32
-    with uninitialised():
+    with spec.device, uninitialised():
         made = library.model.CLIP(
             embed_dim=sizes["embed_dim"],
             vision_cfg={

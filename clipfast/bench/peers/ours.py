@@ -15,7 +15,7 @@ from clipfast.model import build_model, convert_weights
 
 def model(spec: Spec) -> nn.Module:
     """In eval mode on the spec's device; half precision as openai/CLIP's `convert_weights` makes it."""
-    with uninitialised():
+    with spec.device, uninitialised():
         made = build_model(spec.weights)
     if spec.dtype != torch.float32:
         convert_weights(made, spec.dtype)
