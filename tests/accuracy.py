@@ -24,6 +24,14 @@ below exp(-t), and so is a normal number's from t = 1 on; of n errors the greate
 probability below RISK. w is that RMS in the peer, of its worst row (along the last axis), since rows differ in size.
 Of few elements the greatest error is at most sqrt(n) RMS(ours), and the first line decides.
 
+Where the peer may sum in another order, its error says nothing of what a sum one after the other makes: cuBLAS cuts a
+sum into parts where there are few tiles, and rounds it less the more parts there are. `terms` is then how many numbers
+are added, in float32, and the bound no lower than arithmetic explains. Rounding a number of any size errs by 0.212 eps
+of it (RMS, its mantissa log-uniform), and the k-th partial sum has sqrt(k / terms) of the last one's size: in all
+c = 0.15 sqrt(terms) eps RMS(exact). Given its partial sums such an error is normal, and they are a random walk, whose
+mean square is beyond v times its mean with a probability of exp(-pi^2 v / 16): both together are beyond t c of their
+row with one below exp(-t), and of n the greatest is beyond ln(n / RISK) c with one below RISK.
+
 A result that is exact up to its last rounding passes whatever the peer does: that rounding is at most half an ulp of
 its element, hence of the greatest one, and at most eps / 2 of its element, so that its RMS is at most
 eps / 2 * RMS(exact), which is less than the spacing there.
@@ -50,11 +58,12 @@ __all__ = ["assert_accurate", "assert_embeddings", "bounds", "cosine_gap", "rela
 # the probability that a kernel as exact as the peer fails
 RISK = 1e-6
 # what the longest chain of float32 sums rounds to, in ulps of the sum; and four roundings to 16 bits
-CHAIN = 0.15 * 4096**0.5
+PER_TERM = 0.15
+CHAIN = PER_TERM * 4096**0.5
 HALF_CHAIN = (4 / 12) ** 0.5
 
 
-def assert_accurate(ours: Tensor, peer: Tensor, exact: Tensor, *, what: str = "") -> None:
+def assert_accurate(ours: Tensor, peer: Tensor, exact: Tensor, *, what: str = "", terms: int = 0) -> None:
     """Assert the rule of this file, both for the greatest error and for the root mean square.
 
     ours, peer: of one floating dtype.
@@ -62,6 +71,7 @@ def assert_accurate(ours: Tensor, peer: Tensor, exact: Tensor, *, what: str = ""
                 must be the same NaN or infinity; elsewhere they must be finite, the peer too, since one that
                 is not would excuse anything.
     what:       names the tensor in the message.
+    terms:      0; or how many numbers a float32 result is the sum of, where the peer may have another order.
     Raises:     AssertionError with the figures and the bound; TypeError if exact is not float64.
     """
     name = what or "result"
@@ -88,7 +98,8 @@ def assert_accurate(ours: Tensor, peer: Tensor, exact: Tensor, *, what: str = ""
     if not finite.all():  # rows are lost
         ours, peer, exact = (tensor[finite] for tensor in (ours, peer, exact))
     ours_error, peer_error = (tensor.double() - exact for tensor in (ours, peer))
-    for measure, size, bound in zip(("max", "RMS"), (_max, rms), bounds(peer_error, exact, dtype), strict=True):
+    allowed = bounds(peer_error, exact, dtype, terms)
+    for measure, size, bound in zip(("max", "RMS"), (_max, rms), allowed, strict=True):
         error = size(ours_error)
         assert error <= bound, (
             f"{name}: {measure} error {error:.4g} > {bound:.4g}, where the peer's is {size(peer_error):.4g} and 1 ulp "
@@ -96,8 +107,11 @@ def assert_accurate(ours: Tensor, peer: Tensor, exact: Tensor, *, what: str = ""
         )
 
 
-def bounds(peer_error: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """The greatest error and the root mean square that the rule allows.   peer_error, exact: float64, of one shape."""
+def bounds(peer_error: Tensor, exact: Tensor, dtype: torch.dtype, terms: int = 0) -> tuple[float, float]:
+    """The greatest error and the root mean square that the rule allows.
+
+    peer_error, exact: float64, of one shape.   terms: as in `assert_accurate`.
+    """
     n = exact.numel()
     if n == 0:
         return 0.0, 0.0
@@ -109,7 +123,13 @@ def bounds(peer_error: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float
     else:
         excess = (peer_error.abs() - _ulps(exact, dtype) / 2).clamp_min(0)
         others = excess.square().mean(-1).max().sqrt().item() * math.log(n / RISK)
-    return max(2 * _max(peer_error), others) + ulp(_max(exact), dtype), bound
+    greatest = max(2 * _max(peer_error), others)
+    if terms and dtype.itemsize > 2:
+        share = PER_TERM * terms**0.5 * torch.finfo(dtype).eps
+        bound = max(bound, share * rms(exact) + one_ulp)
+        row = exact.square().mean(-1).max().sqrt().item()
+        greatest = max(greatest, share * row * math.log(n / RISK))
+    return greatest + ulp(_max(exact), dtype), bound
 
 
 def _ulps(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -136,6 +136,34 @@ MUTANTS = {
 }
 
 
+@pytest.mark.parametrize("terms", [96, 768, 3072])
+def test_a_sum_one_after_the_other_passes_beside_a_peer_that_rounds_less(terms):
+    torch.manual_seed(terms)
+    x, y = torch.randn(2, 64, 48, terms)
+    # each product rounded, then added to the sum of those before it
+    ours = _one_after_the_other(x * y)
+    exact = (x * y).double().sum(-1)
+    peer = exact.float()
+    with pytest.raises(AssertionError, match="error"):
+        assert_accurate(ours, peer, exact)
+    assert_accurate(ours, peer, exact, terms=terms)
+    # a term left out, or products rounded to tf32's 10 bits, are far beyond it
+    for wrong in (ours - x[..., 0] * y[..., 0], _one_after_the_other(_tf32(x) * _tf32(y))):
+        with pytest.raises(AssertionError, match="RMS error|max error"):
+            assert_accurate(wrong, peer, exact, terms=terms)
+
+
+def _one_after_the_other(products):
+    total = torch.zeros(products.shape[:-1])
+    for term in products.unbind(-1):
+        total = total + term
+    return total
+
+
+def _tf32(x):
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_of_a_linear_layer_fail(mutant, dtype):
