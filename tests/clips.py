@@ -200,7 +200,7 @@ def assert_same(trio: Sequence[nn.Module], run: Run, *, what: str = "result") ->
 def weighted(*tensors: Tensor) -> Tensor:
     """A scalar whose gradient with respect to each tensor is random and the same in every dtype."""
     generator = torch.Generator().manual_seed(11)
-    return sum((x * torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype)).sum() for x in tensors)
+    return sum((x * torch.randn(x.shape, generator=generator).bfloat16().to(x)).sum() for x in tensors)
 
 
 def assert_same_gradients(config: tuple, run: Callable[[nn.Module], Mapping[str, Tensor]], edit: Edit = None) -> None:

@@ -14,6 +14,9 @@ import hypothesis
 import pytest
 import torch
 
+# A peer's convolution in tf32 would excuse ours.
+torch.backends.cudnn.allow_tf32 = False
+
 # Before Triton is imported: without a GPU its kernels run as NumPy.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -43,6 +46,18 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(2, torch.get_num_threads() // _WORKERS)))
 
 
+def pytest_configure(config) -> None:
+    # not in pyproject.toml: an older pytest runs without it
+    config.addinivalue_line("markers", "gpu: launches something on a GPU where there is one; set by tests/conftest.py")
+
+
+def pytest_itemcollected(item) -> None:
+    from . import backends
+
+    if backends.launches_on_a_gpu(item):
+        item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -51,7 +66,8 @@ def _seed() -> None:
 @pytest.fixture
 def poisoned_memory():
     """Memory from torch.empty is NaN: whoever forgets to write a part of it is seen."""
-    torch.use_deterministic_algorithms(True)
+    # a warning alone: cuBLAS wants a variable of the environment, of a peer too
+    torch.use_deterministic_algorithms(True, warn_only=True)
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -59,10 +75,44 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
+# of the session, so that hypothesis may ask for it
+@pytest.fixture(scope="session")
 def device() -> str:
-    """Where Triton's kernels run: on the GPU, or under the interpreter on the CPU."""
-    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    """Where Triton's kernels run: on the GPU, or under the interpreter on the CPU. Who asks for it is marked gpu."""
+    from . import backends
+
+    place = backends.device_of("triton")
+    if place == "cpu" and os.environ.get("CLIPFAST_REQUIRE_GPU") == "1":
+        pytest.fail("no GPU, or TRITON_INTERPRET is on (CLIPFAST_REQUIRE_GPU=1)", pytrace=False)
+    return place
+
+
+@pytest.fixture
+def place(backend) -> str:
+    """Where the backend runs that the test is parametrised by. Marked gpu are those with kernels for one."""
+    from . import backends
+
+    return backends.device_of(backend)
+
+
+@pytest.fixture
+def gpu(device) -> None:
+    if device == "cpu":
+        pytest.skip("no GPU")
+
+
+@pytest.fixture
+def two_gpus(gpu) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU; this takes two")
+
+
+@pytest.fixture
+def interpreter() -> None:
+    from clipfast.kernels import library
+
+    if not library.interpreted():
+        pytest.skip("of Triton's interpreter, and here the kernels run natively")
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,8 @@ import torch
 
 from clipfast import tuning
 
-from . import op_cases, test_loss, test_ops
+from . import backends, op_cases, test_loss, test_ops
 
-CPU = torch.device("cpu")
 KINDS = ("forward", "gradients", "loss")
 BACKENDS = ("cpu", "onednn", "torch", "triton")
 
@@ -52,11 +51,12 @@ class Check(NamedTuple):
                 test_loss.test_against_float64(n, width, scale, noise, self.dtype, None)
             return
         case = op_cases.draw(self.name, op_cases.RECIPES[self.name], seed)
+        place = backends.device_of(self.backend)
         with mock.patch.dict(op_cases.CASES, {self.name: case}):
             if self.kind == "forward":
-                test_ops.test_forward(self.name, self.dtype, self.backend, CPU, None)
+                test_ops.test_forward(self.name, self.dtype, self.backend, place, None)
             else:
-                test_ops.check_gradients(self.name, self.dtype, self.backend, CPU, seed)
+                test_ops.check_gradients(self.name, self.dtype, self.backend, place, seed)
 
 
 LOSSES = {

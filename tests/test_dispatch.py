@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import clipfast
 from clipfast import dispatch, ops, tuning
 
+from .backends import interpreted
 from .clips import VIT, make_images, make_pair, make_texts
 from .cpus import CPUS, assume
 from .op_cases import SMALL
@@ -239,12 +240,12 @@ def test_explain_before_anything_ran():
     assert str(clipfast.explain()) == "no operator has run yet"
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", torch.device("cuda", 0)])
-def test_explain_of_a_device_that_is_not_here(device):
-    rows = clipfast.explain(device, torch.float16)
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", torch.device("cuda", 0)])
+def test_explain_of_a_device_that_is_not_here(name):
+    rows, kind = clipfast.explain(name, torch.float16), torch.device(name).type
     assert [row[0] for row in rows] == [*OPERATORS, "contrastive_loss"]
     for name, call, _, decision in rows:
-        assert call.device == torch.device(device).type
+        assert call.device == kind
         assert decision.backend in (("cuda", "triton") if call.device == "cuda" else ("torch",))
         if name in dispatch._ONEDNN:
             assert f"runs on a CPU, not on {call.device}" in dict(decision.others)["onednn"]
@@ -282,9 +283,9 @@ def test_what_the_triton_kernels_refuse(facts, reason):
 
 
 @pytest.mark.parametrize("operator", ["linear", "mlp", "attention_pool", "project", "logits"])
-def test_the_triton_kernels_see_operands_that_differ(operator):
+def test_the_triton_kernels_see_operands_that_differ(operator, device):
     """Each floating matrix of a call in another dtype than its rows; norms, scales and biases are no operands."""
-    case = SMALL[operator].map(lambda x: x.bfloat16())
+    case = SMALL[operator].map(lambda x: x.bfloat16()).on(device)
     for place, wide in enumerate(case.arguments):
         if isinstance(wide, torch.Tensor) and wide.ndim == 2:
             mixed = [*case.arguments]
@@ -354,9 +355,8 @@ def test_a_measured_winner_overrides_the_rule(monkeypatch):
     assert _decide(**facts) == ("torch", "cuBLAS measured faster at this shape")
 
 
-def test_the_interpreter_runs_only_when_forced(device, onednn):
-    if device != "cpu":
-        pytest.skip("on a GPU the kernels themselves run")
+@interpreted
+def test_the_interpreter_runs_only_when_forced(onednn):
     x, weight = torch.randn(3, 16), torch.randn(5, 16)
     with torch.no_grad():
         ops.linear(x, weight)

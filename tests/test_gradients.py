@@ -41,13 +41,12 @@ def test_second_derivatives(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_derivatives_of_every_backend(backend, device):
+def test_second_derivatives_of_every_backend(backend, place):
     """A gradient penalty: the same on Triton's kernels, whose own gradients PyTorch's operators compute."""
-    device = device if backend == "triton" else "cpu"
     for name in ("layer_norm eps", "mlp (50, 2) 192 {}", "linear (50,) 768 768 ['residual']", "project 5 31"):
         results = []
         for run, wide in ((Case.ours, False), (Case.peer, False), (Case.exact, True)):
-            on = device if run is Case.ours else "cpu"
+            on = place if run is Case.ours else "cpu"
             case, leaves = _leaves(CASES[name].on(on).map(lambda x, wide=wide: x.double() if wide else x))
             with clipfast.backend(backend):
                 outputs = run(case)
@@ -59,9 +58,9 @@ def test_second_derivatives_of_every_backend(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["layer_norm", "linear", "mlp, gelu", "patch_embed, norm", "project"])
-def test_frozen_arguments(name, backend, device):
+def test_frozen_arguments(name, backend, place):
     """Whoever trains one argument alone gets the gradient that it has among all."""
-    case = SMALL[name].on(device if backend == "triton" else "cpu")
+    case = SMALL[name].on(place)
     with clipfast.backend(backend):
         everything, leaves = _leaves(case)
         outputs = everything.ours()
@@ -75,7 +74,7 @@ def test_frozen_arguments(name, backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_are_the_same_each_time(backend, device):
+def test_gradients_are_the_same_each_time(backend, place):
     for name in (
         "layer_norm (77, 3) 640",
         "mlp (50, 2) 192 {}",
@@ -84,7 +83,7 @@ def test_gradients_are_the_same_each_time(backend, device):
     ):
         runs = []
         for _ in range(2):
-            case, leaves = _leaves(case_in(name, torch.bfloat16).on(device if backend == "triton" else "cpu"))
+            case, leaves = _leaves(case_in(name, torch.bfloat16).on(place))
             with clipfast.backend(backend):
                 outputs = case.ours()
             runs.append(torch.autograd.grad(outputs, leaves, _upstream(outputs), allow_unused=True))
@@ -93,10 +92,9 @@ def test_gradients_are_the_same_each_time(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_autocast(backend, rows_dtype, device):
+def test_autocast(backend, rows_dtype, place):
     """Products in bfloat16, rows in their own dtype, float32 parameters with float32 gradients, as in openai/CLIP."""
     torch.manual_seed(0)
-    place = device if backend == "triton" else "cpu"
     cases = [mlp_case((70,), 64, 256), Case("layer_norm", (torch.randn(70, 64), *norm(64)))]
     cases.append(Case("linear", (torch.randn(70, 64), *weights(48, 64)), {"residual": torch.randn(70, 48)}))
     for case in cases:
@@ -146,8 +144,8 @@ def test_weight_of_the_patch_embedding(patch, dtype, device):
     """Images that want no gradient, cut out of larger ones, no multiple of the patch in size; Triton's kernel."""
     torch.manual_seed(0)
     case = patch_case(3, 2 * patch + 3, 3 * patch + 1, patch, 72)
-    images = torch.full((5, 4, 2 * patch + 4, 3 * patch + 9), float("nan"))[1:4, :3, 1:, 2:-6]
-    images.copy_(case.arguments[0])
+    images = torch.full((5, 4, 2 * patch + 4, 3 * patch + 9), float("nan"), dtype=dtype, device=device)
+    images = images[1:4, :3, 1:, 2:-6].copy_(case.arguments[0])
     results = []
     for run, wide in ((Case.ours, False), (Case.peer, False), (Case.exact, True)):
         on = device if run is Case.ours else "cpu"
@@ -155,7 +153,7 @@ def test_weight_of_the_patch_embedding(patch, dtype, device):
             case.on(on).map(lambda x: x.to(dtype)).map(lambda x, w=wide: x.double() if w else x), {1, 2, 3}
         )
         if run is Case.ours:
-            copied = copied._replace(arguments=(images.to(device, dtype), *copied.arguments[1:]))
+            copied = copied._replace(arguments=(images, *copied.arguments[1:]))
         with clipfast.backend("triton"):
             outputs = run(copied)
         upstream = [x.to(dtype).to(x) for x in _upstream(outputs)]

@@ -17,10 +17,10 @@ from clipfast.kernels import native
 
 from . import csrc
 from .accuracy import assert_accurate
+from .backends import on_gpu
 from .op_cases import Case, norm, patch_case
 
 HALVES = [torch.float16, torch.bfloat16]
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture(scope="session")
@@ -322,8 +322,8 @@ def check_on_gpu(case: Case, plan: str) -> None:
     view.copy_(images)
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
-        on_gpu = case.on("cuda")
-        again = run(on_gpu._replace(arguments=(view, *on_gpu.arguments[1:])), plan)
+        there = case.on("cuda")
+        again = run(there._replace(arguments=(view, *there.arguments[1:])), plan)
         torch.cuda.current_stream().synchronize()
     assert torch.equal(again, got)
 

@@ -20,7 +20,7 @@ from clipfast.kernels import attention_plan, interpreter
 from clipfast.packing import Rows
 
 from ..accuracy import assert_accurate
-from ..op_cases import PEERS
+from ..op_cases import PEERS, laid_out_on
 from .test_attention import DTYPES, HALF, SEEDS, either, named, random_qkv
 
 
@@ -36,7 +36,7 @@ def check(qkv, lengths, causal, device, scale=None, grad=None, what=""):
     if grad is None:
 
         def grad(grad_out):
-            return gradient(lambda x: module.attention(x, rows, causal, scale), qkv.to(device), grad_out)
+            return gradient(lambda x: module.attention(x, rows, causal, scale), laid_out_on(qkv, device), grad_out)
 
     ours = grad(grad_out.to(device))
     peer, exact = (
@@ -259,19 +259,15 @@ def test_the_backward_rounds_as_the_forward_did(device, monkeypatch):
 # ---- laws ----
 
 
-def _on_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3), seed=SEEDS, causal=st.booleans(), long=st.booleans()
 )
 @settings(max_examples=4)
-def test_neighbours_change_nothing_and_neither_does_another_run(lengths, seed, causal, long):
+def test_neighbours_change_nothing_and_neither_does_another_run(device, lengths, seed, causal, long):
     """Bit for bit."""
     torch.manual_seed(seed)
     lengths = (*lengths, 130) if long else tuple(lengths)
-    rows, qkv = Rows(lengths), random_qkv(lengths, 1, 16, HALF).to(_on_device())
+    rows, qkv = Rows(lengths), random_qkv(lengths, 1, 16, HALF).to(device)
     grad_out = torch.randn(len(qkv), 16, device=qkv.device).to(HALF)
 
     def run():

@@ -39,7 +39,12 @@ def test_against_float64(n, width, scale, dtype, device, poisoned_memory, small_
     assert_all_right(pairs, torch.tensor(scale, device=device), loss=triton_loss)
 
 
-@pytest.mark.parametrize("loss", [triton_loss, contrastive_loss], ids=["triton", "torch"])
+def torch_loss(*arguments):
+    with clipfast.backend("torch"):
+        return contrastive_loss(*arguments)
+
+
+@pytest.mark.parametrize("loss", [triton_loss, torch_loss], ids=["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 def test_products_in_half_precision(dtype, loss, device, poisoned_memory, small_launches, monkeypatch):
     """As on a GPU: operands are half precision, so the logits' gradients are rounded to it; sums are float32."""

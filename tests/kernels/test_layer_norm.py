@@ -85,9 +85,8 @@ def test_empty(device):
 
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(2, 70), shift=st.floats(-50, 50), scale=st.floats(0.1, 10))
 @settings(max_examples=15)
-def test_shift_and_scale_change_nothing(seed, width, shift, scale):
+def test_shift_and_scale_change_nothing(device, seed, width, shift, scale):
     torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     x, ones, zeros = torch.randn(4, width) + torch.arange(width), torch.ones(width), torch.zeros(width)
     x, ones, zeros = x.to(device), ones.to(device), zeros.to(device)
     got = module.layer_norm(scale * (x + shift), ones, zeros, 0.0)

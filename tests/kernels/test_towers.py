@@ -42,12 +42,12 @@ def _check(peer, ours, dtype, device, images=None, texts=None):
     if dtype != torch.float32:
         clipfast.convert_weights(ours, dtype)
         convert(peer, dtype)
-    ours.to(device)
+    ours.to(device), peer.to(device)
     for name, x in given.items():
         with torch.no_grad():
             with clipfast.backend("triton"):
                 got = getattr(ours, name)(x.to(device))
-            assert_accurate(got, getattr(peer, name)(x), exact[name], what=name)
+            assert_accurate(got, getattr(peer, name)(x.to(device)), exact[name], what=name)
         assert_embeddings(got, exact[name], dtype, what=name)
 
 
