@@ -25,7 +25,7 @@ step = @printf 'setting up $(VENV): %s ' '$(1)'; start=$$(date +%s); shell=$$$$;
 peer = { $(INSTALL) $(1) || { \
 	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }; }
 
-.PHONY: help demo test test-older-cpus test-versions lint bench readme gpu clean
+.PHONY: help demo test test-older-cpus test-versions lint bench readme gpu-kit gpu gpu-rest clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -61,17 +61,21 @@ bench: $(BENCH) ## time whole models against openai/CLIP and the other peers, in
 readme: $(TEST) ## write the README's tables from benchmarks/results, and draw their pictures
 	$(PY) -m clipfast.bench.report --plots
 
-# No environment of its own: a machine with a GPU may have no network, and brings torch and Triton. What it lacks can be
-# carried as pure-Python wheels in a folder.   make gpu OUT=/elsewhere WHEELS=folder GPU_ARGS="--only towers"
-WHEELS ?= .whl
-SITE   := build/site
-gpu: ## on a machine with a GPU: build csrc, check every kernel, time everything, in nine minutes
-	@if ls $(WHEELS)/*.whl >/dev/null 2>&1; then $(PYTHON) -m pip install --quiet --disable-pip-version-check \
-		--no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl; fi
-	PYTHONUNBUFFERED=1 PYTHONPATH=.:$(SITE) $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
+# No environment of its own: a machine with a GPU may have no network, and brings torch and Triton. What it lacks is
+# carried there in a kit.   make gpu OUT=/elsewhere KIT=folder GPU_ARGS="--only towers"
+KIT ?= .gpu-kit
+GPU  = PYTHONUNBUFFERED=1 PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+gpu-kit: ## with a network: what a machine with a GPU lacks, in one folder   PYTHON312=/path/to/python3.12
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu.kit --out $(KIT) $(if $(PYTHON312),--python $(PYTHON312))
+
+gpu: ## on a machine with a GPU: the headline, checked and timed, in five and a half minutes
+	$(GPU) headline --kit $(KIT) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
+
+gpu-rest: ## after it: check every kernel, and time the rest, in four minutes
+	$(GPU) rest --kit $(KIT) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
 
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(KIT) $(KIT).new build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f clipfast/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -20,9 +20,6 @@ from typing import NamedTuple
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import clipfast
 from clipfast.bench.accuracy import rms
 from tests.accuracy import bounds
@@ -117,6 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write the table there too")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        # before Triton is imported, which the first kernel does
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.manual_seed(0)
     table = rows(device)
     where = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter"

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import contestants, correctness, operators, problems, report, run, stages, timing, towers, tune
+from benchmarks.gpu import contestants, correctness, gate, operators, problems, report, run, stages, timing, tune
 from benchmarks.gpu.contestants import EAGER, OPENAI, OURS, Contestant
 from benchmarks.gpu.jobs import Job
 from clipfast import dispatch, tuning
 from clipfast.bench import environment
 from clipfast.bench.budget import Budget
+
+from .gpu_runs import new_run
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -33,14 +35,6 @@ class Clock:
         return self.now
 
 
-def new_run(folder, *, clock=None, dry=True, minutes=9) -> run.Run:
-    options = command.parse(["--out", str(folder), "--minutes", str(minutes), *["--dry-run"] * dry])
-    budget = Budget(60 * minutes, clock) if clock else Budget(60 * minutes)
-    made = run.Run(options, budget, CPU)
-    made.open()
-    return made
-
-
 def rows_of(folder) -> list[dict[str, str]]:
     (path,) = folder.glob("*.csv")
     with path.open() as file:
@@ -50,11 +44,12 @@ def rows_of(folder) -> list[dict[str, str]]:
 # ---- the command ----
 
 
-def test_a_dry_run_goes_through_every_stage_and_operator(tmp_path):
+@pytest.mark.parametrize("name", ["headline", "rest"])
+def test_a_dry_run_goes_through_every_stage_and_operator(name, tmp_path):
     before = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--dry-run"],
+        [sys.executable, "-m", "benchmarks.gpu", name, "--dry-run"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -62,14 +57,15 @@ def test_a_dry_run_goes_through_every_stage_and_operator(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith(run.DRY) and "stage failed" not in done.stdout
-    for stage in stages.STAGES:
+    assert done.stdout.startswith(run.DRY) and "failed" not in done.stdout
+    for stage in stages.PLANS[name]:
         assert f"] {stage}: " in done.stdout, stage
-    for operator in dispatch.OPERATORS:
+        assert f"\n{stage} " in done.stdout[: done.stdout.index("[")], "the plan of the time comes first"
+    for operator in dispatch.OPERATORS if name == "rest" else ():
         assert f"operators: operator {operator}: ok" in done.stdout, operator
-    assert "tiny image" in done.stdout and "tiny text" in done.stdout
+    assert ("tiny image" in done.stdout and "tiny text" in done.stdout) or name == "rest"
     assert "GB/s" not in done.stdout and "TFLOP" not in done.stdout
-    assert done.stdout.strip().endswith("no correctness failure")
+    assert done.stdout.strip().endswith("no correctness failure") and "checks passed" in done.stdout
     assert {path.name for path in (ROOT / "benchmarks" / "results").iterdir()} == before
 
 
@@ -87,12 +83,6 @@ def test_bad_options_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_stages_of_the_command_are_those_that_run():
-    assert tuple(stages.STAGES) == ("environment", *command.STAGES)
-    assert [stage.name for stage in stages.chosen("towers")] == ["environment", "build", "ceilings", "towers"]
-    assert stages.chosen("towers")[-1].seconds == float("inf")
-
-
 # ---- time ----
 
 
@@ -108,42 +98,17 @@ def test_a_part_ends_with_the_whole():
     assert whole.left() == late.left() == 0
 
 
-def test_stages_keep_to_their_time_and_survive_each_other(tmp_path, capsys):
-    clock, seen = Clock(), []
-
-    def spend(seconds):
-        def stage(made, budget):
-            seen.append((made.stage, budget.left()))
-            clock.now += seconds
-
-        return stage
-
-    def breaks(made, budget):
-        seen.append((made.stage, budget.left()))
-        raise RuntimeError("no such kernel in /some/where/private")
-
-    made = new_run(tmp_path, clock=clock, minutes=1)
-    plan = [("first", 20, spend(5)), ("breaks", 20, breaks), ("slow", 50, spend(60)), ("late", 20, spend(1))]
-    run.run_stages(made, [run.Stage(*each) for each in plan])
-    assert seen == [("first", 20), ("breaks", 20), ("slow", 50)]
-    assert made.notes == [
-        "breaks: stage failed: RuntimeError: no such kernel in <path>",
-        "late: not run: out of time",
-    ]
-
-
 def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
     clock = Clock()
-    made = new_run(tmp_path, clock=clock)
+    made = new_run(tmp_path, stage="operators", clock=clock)
 
     def slow(*arguments):
         clock.now += 30
         return {OURS: {"status": "ok"}}
 
     monkeypatch.setattr(operators, "measure", slow)
-    made.stage = "operators"
     operators.stage(made, made.budget.part(100))
-    assert made.notes[0].startswith("operators: out of time before layer_norm"), made.notes
+    assert made.evidence.notes[0].startswith("operators: out of time before layer_norm"), made.evidence.notes
 
 
 def test_rounds_stop_when_time_is_up_but_one_always_runs():
@@ -203,25 +168,17 @@ def test_a_wrong_operator_is_reported_and_not_timed(change, tmp_path, capsys):
 
         return call
 
-    made = new_run(tmp_path)
+    made = new_run(tmp_path, stage="operators")
     people = [Contestant(OURS, prepare), Contestant(EAGER, contestants._eager)]
     rows = operators.measure(made, linear_problem(), people, made.budget)
     assert rows[OURS]["status"] == "WRONG" and rows[OURS]["note"] and "median_s" not in rows[OURS]
     assert len(calls) == 1  # the check
     assert rows[EAGER]["status"] == "ok" and "median_s" in rows[EAGER]
-    assert len(made.failures) == 1
+    assert len(made.evidence.failures) == 1
     written = {row["contestant"]: row for row in rows_of(tmp_path)}
     assert written[OURS]["median_s"] == "" and written[EAGER]["median_s"] != ""
-    report.print_report(made)
+    report.print_report(made.evidence)
     assert "1 correctness failures" in capsys.readouterr().out
-
-
-def test_an_operator_that_failed_its_checks_is_not_timed(tmp_path):
-    made = new_run(tmp_path)
-    made.fail("linear: a tile is wrong", "linear", "float32")
-    rows = operators.measure(made, linear_problem(), contestants.of("linear"), made.budget)
-    assert rows[OURS]["status"] == "WRONG" and "a tile is wrong" in rows[OURS]["note"] and "median_s" not in rows[OURS]
-    assert rows[EAGER]["status"] == "ok" and rows["product alone"]["status"] == "part"
 
 
 def test_a_wrong_sample_far_inside_a_large_result_is_seen():
@@ -245,31 +202,69 @@ def test_samples_are_the_rows_they_stand_for(operator):
     torch.testing.assert_close(problems.flat(case.exact()[0])[few.rows], problems.flat(few.case.exact()[0]))
 
 
-def test_failed_checks_exclude_their_operator(tmp_path):
-    def breaks():
-        raise AssertionError("row 3 is wrong")
+def test_a_condemned_launch_is_not_timed_and_everybody_else_is(tmp_path):
+    def prepare(case):
+        raise gate.Condemned("_linear_fwd_kernel: row 3 is wrong")
 
-    clock, found = Clock(), []
-    checks = [correctness.Check("a", "linear", torch.float16, breaks), correctness.Check("b", "mlp", CPU, lambda: None)]
-    text = correctness.run_checks(iter(checks), Budget(10, clock), CPU, lambda *what: found.append(what))
-    assert text == "2 run, 1 wrong" and found == [("row 3 is wrong", "linear", "float16")]
-    made = new_run(tmp_path)
-    line = "\\t".join([correctness._MARK, "linear", "float16", "row 3 is wrong"])
-    job = Job("checks", [sys.executable, "-c", f"print('{line}'); raise SystemExit(3)"], tmp_path / "log")
-    correctness.collect(made, job, Budget(60))
-    assert made.wrong == {("linear", "float16"): "row 3 is wrong"} and made.failures == ["row 3 is wrong"]
-    dead = Job("checks", [sys.executable, "-c", "raise RuntimeError"], tmp_path / "log")
-    correctness.collect(made, dead, Budget(60))
-    assert len(made.failures) == 2
+    made = new_run(tmp_path, stage="operators")
+    people = [Contestant(OURS, prepare), *contestants.of("linear")[1:]]
+    rows = operators.measure(made, linear_problem(), people, made.budget)
+    assert rows[OURS] == {"status": "WRONG", "note": "not timed: _linear_fwd_kernel: row 3 is wrong"}
+    assert rows[EAGER]["status"] == "ok" and rows["product alone"]["status"] == "part"
+    assert not made.evidence.failures  # the check that condemned it has said so
 
 
-def test_a_wrong_tower_is_reported_and_not_timed(tmp_path):
-    made, rows = new_run(tmp_path), {}
-    group = towers.Group("tiny", "image", 3, torch.float32)
-    exact = torch.randn(3, 8, dtype=torch.float64)
-    calls = {OURS: lambda: exact.float().roll(1, 0), OPENAI: lambda: exact.float(), "nan": lambda: exact * torch.nan}
-    assert [*towers.check(made, group, calls, exact, rows)] == [OPENAI]
-    assert rows[OURS]["status"] == rows["nan"]["status"] == "WRONG" and len(made.failures) == 1
+def test_what_an_operator_launches_is_blamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "launches_of", lambda call, device: [gate.Launch("abc", "linear w4")])
+    made = new_run(tmp_path, stage="operators")
+    people = [Contestant(OURS, lambda case: lambda: case.peer()[0] + 1), Contestant(EAGER, contestants._eager)]
+    operators.measure(made, linear_problem(), people, made.budget)
+    assert [*made.evidence.state.wrong] == ["abc"]
+
+
+def test_checks_share_their_work_and_leave_out_what_is_known(monkeypatch):
+    def check(name, wrong="", launches=(), dtype=torch.float16):
+        def judge(result):
+            if wrong:
+                raise AssertionError(wrong)
+
+        return correctness.Check(name, "linear", dtype, lambda: correctness.Work(lambda: launches, judge))
+
+    made_of = lambda call, device: [gate.Launch(each, each) for each in call()]  # noqa: E731
+    monkeypatch.setattr(gate, "launches_of", made_of)
+    found = [check("a", launches="x"), check("b", "row 3 is wrong", "xy"), check("c", launches="y"), check("d")]
+    made = new_run(stage="correctness")
+    correctness.run_checks(made, iter(found), made.budget)
+    assert made.evidence.notes == ["correctness: 4 checks run, 1 wrong"]
+    assert made.evidence.failures == ["row 3 is wrong"] and made.evidence.state.wrong == {"y": "row 3 is wrong"}
+    assert [*made.evidence.state.proved.values()] == ["a", "c"]  # of d it is not known what it depends on
+    again = new_run(stage="correctness")
+    again.state.proved = made.evidence.state.proved
+    correctness.run_checks(again, iter(found), again.budget)
+    assert again.evidence.notes == ["correctness: 2 checks run, 1 wrong, 2 found right before"]
+    # each of three processes has its own share, and together they run all
+    shares = []
+    for part in range(3):
+        made = new_run(stage="gate")
+        made.state.part, made.state.parts = part, 3
+        shares.append([each.name for each in correctness._share(made, iter(found), once=False)])
+    assert shares == [["a", "d"], ["b"], ["c"]]
+    # once: b launches y as well, and then c has nothing new
+    made = new_run(stage="gate")
+    assert [each.name for each in correctness._share(made, iter(found), once=True)] == ["a", "b", "d"]
+
+
+def test_checks_end_in_time(monkeypatch):
+    clock = Clock()
+    made = new_run(stage="correctness", seconds=10, clock=clock)
+
+    def slow():
+        clock.now += 6
+        return correctness.Work(lambda: None, lambda result: None)
+
+    found = [correctness.Check(name, "linear", torch.float16, slow) for name in "abc"]
+    correctness.run_checks(made, iter(found), made.budget)
+    assert made.evidence.notes == ["correctness: 2 checks run, 0 wrong, cut off before c"]
 
 
 # ---- what is checked and tuned ----
@@ -343,8 +338,7 @@ def test_aims_are_measured_or_said_not_to_be():
 
 
 def test_rows_are_written_as_they_come_and_nothing_is_overwritten(tmp_path):
-    made = new_run(tmp_path)
-    made.stage = "ceilings"
+    made = new_run(tmp_path, stage="ceilings")
     made.add({"operator": "ceiling copy", "status": "ok", "gb_per_s": 1.5})
     (row,) = rows_of(tmp_path)  # not closed, and already there
     assert row["gb_per_s"] == "1.5" and row["stage"] == "ceilings" and set(row) == set(run.COLUMNS)

@@ -1,11 +1,13 @@
-"""Everything that needs a GPU, in one command: build, check, time, and a short table last.
+"""Everything that needs a GPU: check, time, and a short table last.
 
-    python3 -m benchmarks.gpu [--out DIR] [--minutes 9] [--only STAGE] [--built] [--dry-run]
+    python3 -m benchmarks.gpu [headline|rest|all] [--out DIR] [--minutes N] [--only STAGE] [--from STAGE] [--dry-run]
 
 It needs no network and no virtual environment, sets no clock and no limit of the GPU, writes each row of its CSV as it
-is measured, and ends in time: what does not fit is named. Exit status 1 if anything computed the wrong thing, 2 without
-a GPU.
---dry-run goes through all stages on a CPU, with tiny shapes under Triton's interpreter; nothing is measured by it.
+is measured, and ends in time: what does not fit is named. What a bare machine lacks is taken from the folder that
+`make gpu-kit` made. Each stage is a process of its own. Exit status 1 if anything computed the wrong thing or a stage
+broke, 2 without a GPU.
+--dry-run goes through the stages on a CPU, with tiny shapes under Triton's interpreter, after a plan of the time;
+nothing is measured by it.
 The columns are explained in benchmarks/gpu/run.py.
 """
 
@@ -16,22 +18,42 @@ import os
 import sys
 from pathlib import Path
 
-STAGES = ("build", "correctness", "sanitizer", "ceilings", "operators", "towers", "tune")
-# one process's share of a stage, started by it: what it prints is read by the stage
-PARTS = ("sanitize-target", "checks")
+# stages.py has what they do. ViT-L/14 compiled takes what is left
+START = ("environment", "build", "ceilings")
+_HEADLINE = ("gate", "towers", "compiled-image", "compiled-text")
+_REST = ("correctness", "memcheck", "operators", "train", "tune")
+_LAST = "compiled-l14"
+PLANS = {
+    "headline": (*START, *_HEADLINE, _LAST),
+    "rest": (*START, *_REST),
+    "all": (*START, *_HEADLINE, *_REST, _LAST),
+}
+MINUTES = {"headline": 5.5, "rest": 4.0, "all": 9.0}
+STAGES = (*START, *_HEADLINE, *_REST, _LAST, "tests")
+# what is no stage, and is started by one
+TARGET = "sanitize-target"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("plan", nargs="?", choices=PLANS, default="headline", help="default %(default)s")
     parser.add_argument("--out", type=Path, help="folder for results and logs (default: benchmarks/results)")
-    parser.add_argument("--minutes", type=float, default=9, help="end within this time (default %(default)s)")
-    parser.add_argument("--only", choices=(*STAGES, *PARTS), help="one stage, and what it cannot do without")
+    parser.add_argument("--minutes", type=float, help="end within this time (default 5.5, rest 4, all 9)")
+    parser.add_argument("--only", choices=(*STAGES, TARGET), help="one stage, and what it cannot do without")
+    parser.add_argument("--from", dest="start", choices=STAGES, metavar="STAGE", help="this stage of the plan and on")
     parser.add_argument("--built", action="store_true", help="csrc is built already: take the library that is there")
+    parser.add_argument("--kit", type=Path, default=Path(".gpu-kit"), help="folder of `make gpu-kit` (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: does every stage run?")
-    parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.minutes is None:
+        options.minutes = MINUTES[options.plan]
     if options.minutes <= 0:
         parser.error("--minutes must be above 0")
+    if options.only and options.start:
+        parser.error("--only names one stage, --from the first of several: give one of the two")
+    if options.start and options.start not in PLANS[options.plan]:
+        parser.error(f"{options.start} is no stage of {options.plan}: {', '.join(PLANS[options.plan])}")
     return options
 
 
@@ -40,19 +62,28 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         # before Triton is imported
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    import torch
+    if options.stage is not None:
+        from benchmarks.gpu import process, supervisor
 
-    if not options.dry_run and not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        print(
-            f"no GPU: torch {torch.__version__} ({built}) finds none. Run this on a machine with one, or with "
-            "--dry-run to see that every stage is wired up.",
-            file=sys.stderr,
-        )
-        return 2
-    from benchmarks.gpu import stages
+        process.serve_fresh(supervisor.body, options.stage)
+    if options.only == TARGET:
+        from benchmarks.gpu import sanitizer
 
-    return stages.execute(options)
+        return sanitizer.main(dry=options.dry_run)
+    from benchmarks.gpu import kit
+
+    # before PyTorch and Triton are imported
+    used = kit.use(options.kit, kit.ROOT / "build" / "site")
+    os.environ.update(used.environment)
+    sys.path[:0] = used.sites
+    options.built = options.built or kit.LIBRARIES[0] in used.built
+    from benchmarks.gpu import supervisor
+
+    try:
+        return supervisor.execute(options, used.lines)
+    except ValueError as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,108 +1,142 @@
-"""Every kernel in every configuration that tuning can return for this GPU, against float64; and the test suite.
+"""Every kernel in every configuration that tuning can return for this GPU, against float64.
 
-What runs here runs without pytest. Compilers have been caught miscompiling single configurations, so none is left out
-because another one passed.
+Compilers have been caught miscompiling single configurations, so none is left out because another one passed. `gate`
+looks at the launches of the headline first; `stage` at all. What was found right before, by the hash of its launches
+(gate.py), is left out. Several processes share each of the two.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import hashlib
 import itertools
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import clipfast
 from benchmarks.errors import WITH_GRADIENTS, gradients
-from benchmarks.gpu import operators, sanitizer
+from benchmarks.gpu import gate as launches
+from benchmarks.gpu import groups, operators
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.problems import HALVES, Maker, Problem
-from benchmarks.gpu.run import ROOT, Run
+from benchmarks.gpu.run import Run
 from clipfast import tuning
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import harness, workload
 from clipfast.bench.budget import Budget
 from clipfast.kernels import native
+from clipfast.packing import filling
 from tests.accuracy import assert_accurate
 from tests.op_cases import Case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # around every tile's size, and CLIP's own: images 50, 197, 257, 577, text 1 to 77
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 50, 63, 64, 65, 77, 96, 127, 128, 129, 145, 192, 193, 197, 208, 257, 320, 577)
-TESTS = (
-    "tests/kernels",
-    "tests/test_ops.py",
-    "tests/test_gradients.py",
-    "tests/test_native.py",
-    "tests/test_graphs.py",
-)
+
+
+class Work(NamedTuple):
+    """What a check does: a call on the GPU, and what is right."""
+
+    launch: Callable[[], Any]
+    judge: Callable[[Any], None]  # of what the call returns; raises what is wrong
 
 
 class Check(NamedTuple):
     name: str
     operator: str
     dtype: torch.dtype
-    run: Callable[[], None]  # raises what is wrong
+    prepare: Callable[[], Work]
+    more: str = ""  # what the verdict depends on besides its Triton launches
 
 
 def checks(device: torch.device, *, dry: bool = False) -> Iterator[Check]:
-    """Those most likely to find something first: whole operators, then single configurations."""
+    """What dispatch would choose first, then the other configurations; of each the dtypes that are used most first."""
     if dry:
-        yield from _of_problems(_tiny(device))
+        yield from _of_problems(operators.plan(device, dry=True))
         yield from _of_gradients(_for_gradients(Maker(device, torch.bfloat16), (7,), (7,), (((64, 32), 32, 64),)))
         return
-    makers = {dtype: Maker(device, dtype) for dtype in DTYPES}
-    yield from _graphs(device)
-    for m in makers.values():
+    makers = [Maker(device, dtype) for dtype in DTYPES]
+    yield _graphs(device)
+    for m in makers:
         yield from _of_problems(_at_real_shapes(m))
         yield from _of_gradients(_for_gradients(m))
+    for m in makers:
+        yield from _native(m)
         yield from _linear_configurations(m)
         yield from _of_problems(_attention_lengths(m))
-        yield from _native(m)
-    yield from _tf32(makers[torch.float32])
+    yield from _tf32(makers[-1])
+    for m in makers:
+        yield from _linear_configurations(m, cheaper=True)
 
 
-def _tiny(device: torch.device) -> Iterator[Problem]:
-    yield from operators.plan(device, dry=True)
+def headline(device: torch.device, *, dry: bool = False) -> Iterator[Check]:
+    """The operators of the towers that the headline is about, at its own batches."""
+    yield _graphs(device)
+    if dry:
+        yield from _of_problems(operators.plan(device, dry=True))
+        return
+    for dtype in HALVES[::-1]:
+        m = Maker(device, dtype)
+        for tower, model, batch, captions in groups.towers():
+            if tower == "image":
+                found, rows = make.of_images(model, batch, m), batch
+            else:
+                lengths = make.caption_lengths(captions, batch)
+                # as graphs want them: a few rows more, of a sequence that no text has
+                lengths += filling(sum(lengths))
+                width, rows = ARCHITECTURES[model]["transformer_width"], len(lengths)
+                found = make.of_block(model, lengths, width, m, causal=True)
+            yield from _of_problems(problem for problem in found if "uint8" not in problem.shape)
+            yield from _of_problems(make.of_last_block(model, rows, tower, m))
 
 
 def _of_problems(problems: Iterator[Problem]) -> Iterator[Check]:
     for problem in problems:
-        yield Check(problem.title(), problem.operator, problem.dtype, lambda problem=problem: _check(problem))
+        yield Check(problem.title(), problem.operator, problem.dtype, lambda problem=problem: _work(problem))
 
 
-def _check(problem: Problem) -> None:
+def _work(problem: Problem) -> Work:
     """On the Triton backend, through the public operator, all results of it (LayerNorm's sum too)."""
     case = problem.make()
-    with torch.no_grad(), clipfast.backend("triton"), poisoned():
-        results = case.ours()
-    make.check(results[0], case, None if problem.operator == "attention_pool" else case.peer()[0], what=problem.title())
-    if problem.operator == "layer_norm" and len(results) > 1:
-        assert torch.equal(results[1], case.peer()[1]), f"{problem.title()}: the sum is another one than PyTorch's"
+
+    def judge(results: tuple[Tensor, ...]) -> None:
+        eager = None if problem.operator == "attention_pool" else case.peer()[0]
+        make.check(results[0], case, eager, what=problem.title())
+        if problem.operator == "layer_norm" and len(results) > 1:
+            same = torch.equal(results[1], case.peer()[1])
+            assert same, f"{problem.title()}: the sum is another one than PyTorch's"
+
+    return Work(_on_triton(case.ours), judge)
+
+
+def _on_triton(function: Callable[..., Any], *arguments: Any, grad: bool = False) -> Callable[[], Any]:
+    def launch() -> Any:
+        with torch.set_grad_enabled(grad), clipfast.backend("triton"), poisoned():
+            return function(*arguments)
+
+    return launch
 
 
 def _of_gradients(problems: Iterator[Problem]) -> Iterator[Check]:
     for problem in problems:
         if problem.operator in WITH_GRADIENTS:
             name = f"gradients of {problem.title()}"
-            yield Check(name, problem.operator, problem.dtype, lambda problem=problem: _check_gradients(problem))
+            yield Check(name, problem.operator, problem.dtype, lambda problem=problem: _work_on_gradients(problem))
 
 
-def _check_gradients(problem: Problem) -> None:
+def _work_on_gradients(problem: Problem) -> Work:
     """Of every floating argument but images, all of each, by the rule of tests/accuracy.py."""
     case = problem.make()
-    with clipfast.backend("triton"), poisoned():
-        ours = gradients(case, Case.ours)
-    exact = gradients(case.map(lambda x: x.double()), Case.exact)
-    for i, tensors in enumerate(zip(ours, gradients(case, Case.peer), exact, strict=True)):
-        assert_accurate(*tensors, what=f"gradient {i} of {problem.title()}")
+
+    def judge(ours: list[Tensor]) -> None:
+        exact = gradients(case.map(lambda x: x.double()), Case.exact)
+        for i, tensors in enumerate(zip(ours, gradients(case, Case.peer), exact, strict=True)):
+            assert_accurate(*tensors, what=f"gradient {i} of {problem.title()}")
+
+    return Work(_on_triton(gradients, case, Case.ours, grad=True), judge)
 
 
 def _for_gradients(
@@ -167,8 +201,11 @@ def _attention_lengths(m: Maker) -> Iterator[Problem]:
             yield make.attention("", lengths, 5, m, causal=causal)
 
 
-def _linear_configurations(m: Maker) -> Iterator[Check]:
+def _linear_configurations(m: Maker, *, cheaper: bool = False) -> Iterator[Check]:
+    """Those that tuning returns, or their twins with the cheaper tanh, which it does not return yet."""
     for config in make.linear_configurations(m.dtype, tuning.architecture(m.device)):
+        if config.fast_tanh != cheaper:
+            continue
         # ragged ends in each direction; and several tiles for every program of a persistent grid
         for rows, cols, steps, activation, residual in (
             (1, 1, 3, "quick_gelu", True),
@@ -178,59 +215,67 @@ def _linear_configurations(m: Maker) -> Iterator[Check]:
         ):
             shape = (rows * config.block_m + 3, cols * config.block_n + 8, steps * config.block_k - 8)
             args = (m, config, shape, activation, residual)
-            yield Check(f"{config} {shape} {m.dtype}", "linear", m.dtype, lambda args=args: check_linear(*args))
+            yield Check(f"{config} {shape} {m.dtype}", "linear", m.dtype, lambda args=args: work_on_linear(*args))
 
 
-def check_linear(
+def work_on_linear(
     m: Maker, config: tuning.LinearConfig, shape: tuple[int, int, int], activation: str | None, residual: bool
-) -> None:
+) -> Work:
     """One configuration, all of its result.   shape: rows, columns, terms."""
     case = make.linear("", *shape, shape[0], m, activation, residual).make()
-    with torch.no_grad(), poisoned():
-        got = make.run_linear(case, config)
-        make.check(got, case, case.peer()[0], what=f"linear {shape} {activation} {config}")
+    what = f"linear {shape} {activation} {config}"
+    return Work(_on_triton(make.run_linear, case, config), lambda got: make.check(got, case, case.peer()[0], what=what))
 
 
 def _tf32(m: Maker) -> Iterator[Check]:
     """Rounded operands, where the user has asked for them: not the house rule's accuracy, but the same function."""
 
-    def run(problem: Problem) -> None:
+    def prepare(problem: Problem) -> Work:
         case = problem.make()
-        before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
-        try:
-            with torch.no_grad(), clipfast.backend("triton"), poisoned():
-                got = case.ours()[0]
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-        exact = case.exact()[0]
-        error = ((got.double() - exact).norm() / exact.norm()).item()
-        assert error < 2e-3, f"{problem.title()} tf32: relative RMS error {error:.2g}"
+
+        def launch() -> Tensor:
+            before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+            try:
+                return _on_triton(case.ours)()[0]
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = before
+
+        def judge(got: Tensor) -> None:
+            exact = case.exact()[0]
+            error = ((got.double() - exact).norm() / exact.norm()).item()
+            assert error < 2e-3, f"{problem.title()} tf32: relative RMS error {error:.2g}"
+
+        return Work(launch, judge)
 
     problems = [make.linear("", rows, 768, 512, rows, m, "quick_gelu", True) for rows in (5, 50, 300, 1600)]
     problems += [
         make.attention("", [length] * 3, 3, m, causal=c) for length in (16, 50, 77, 197, 257) for c in (False, True)
     ]
     for problem in problems:
-        yield Check(f"{problem.title()} tf32", problem.operator, m.dtype, lambda problem=problem: run(problem))
+        yield Check(f"{problem.title()} tf32", problem.operator, m.dtype, lambda problem=problem: prepare(problem))
 
 
 def _native(m: Maker) -> Iterator[Check]:
     """The CUDA library in each plan that takes the dtype."""
     if native.missing() is not None:
         return
+    source = hashlib.sha256(native.LIBRARY.path.read_bytes()).hexdigest()
     plans = [plan for plan in native.PLANS if m.dtype in HALVES or plan in ("auto", "generic")]
     shapes = ((3, (224, 224), 32, 768), (2, (224, 256), 16, 768), (2, (224, 224), 14, 1024), (1, (336, 336), 14, 1024))
     for plan, shape, uint8, norm in itertools.product(plans, shapes, (False, True), (False, True)):
         problem = make.patch_embed(f"native {plan}", *shape, m, uint8=uint8, norm=norm)
 
-        def run(problem: Problem = problem, plan: str = plan) -> None:
+        def prepare(problem: Problem = problem, plan: str = plan) -> Work:
             case = problem.make()
             options = [case.options.get(name) for name in ("mean", "std", "norm_weight", "norm_bias")]
-            with torch.no_grad(), poisoned():
-                got = native.patch_embed(*case.arguments, *options, plan=plan)
-            make.check(got, case, case.peer()[0], what=problem.title())
 
-        yield Check(problem.title(), "patch_embed", m.dtype, run)
+            def launch() -> Tensor:
+                with torch.no_grad(), poisoned():
+                    return native.patch_embed(*case.arguments, *options, plan=plan)
+
+            return Work(launch, lambda got: make.check(got, case, case.peer()[0], what=problem.title()))
+
+        yield Check(problem.title(), "patch_embed", m.dtype, prepare, more=source)
 
 
 TINY = {
@@ -240,142 +285,115 @@ TINY = {
 }
 
 
-def _graphs(device: torch.device) -> Iterator[Check]:
+def _graphs(device: torch.device) -> Check:
     """Replayed and launched one by one, the same kernels give the same bits, also for inputs that come later."""
 
-    def run() -> None:
-        weights = {name: weight.to(device) for name, weight in _tiny_weights().items()}
+    def prepare() -> Work:
+        weights = {name: weight.to(device) for name, weight in workload.random_weights(TINY).items()}
         with device:
             model = clipfast.build_model(weights)
-        clipfast.convert_weights(model, torch.bfloat16)
-        for seed in range(3):
-            for batch in (1, 3, 8):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        clipfast.convert_weights(model, dtype)
+
+        def launch() -> list[tuple[str, list[Tensor]]]:
+            found = []
+            for seed, batch in itertools.product(range(3), (1, 3, 8)):
                 data = workload.inputs(TINY, batch, workload.Captions(3, 20), seed)
-                images, text = data["image"].to(device, torch.bfloat16), data["text"].to(device)
-                outputs = []
-                for replayed in (True, True, False):
-                    model.cuda_graphs = replayed
-                    with torch.no_grad(), clipfast.backend("triton"):
-                        outputs.append((model.encode_image(images), model.encode_text(text)))
-                for image, words in outputs[:2]:
-                    assert torch.equal(image, outputs[2][0]), f"graphs change encode_image at batch {batch}"
-                    assert torch.equal(words, outputs[2][1]), f"graphs change encode_text at batch {batch}"
+                images, text = data["image"].to(device, dtype), data["text"].to(device)
+                for tower, function in (("image", model.encode_image), ("text", model.encode_text)):
+                    outputs = []
+                    for replayed in (True, True, False):
+                        model.cuda_graphs = replayed
+                        with torch.no_grad(), clipfast.backend("triton"):
+                            outputs.append(function(images if tower == "image" else text))
+                    found.append((f"encode_{tower} at batch {batch}", outputs))
+                if device.type != "cuda":
+                    break  # nothing is recorded: once shows that it runs
+            return found
 
-    yield Check("CUDA graphs", "graphs", torch.bfloat16, run)
+        def judge(found: list[tuple[str, list[Tensor]]]) -> None:
+            for what, (first, again, launched) in found:
+                assert torch.equal(first, launched), f"the call that records a graph changes {what}"
+                assert torch.equal(again, launched), f"a replayed graph changes {what}"
 
+        return Work(launch, judge)
 
-def _tiny_weights() -> dict[str, Tensor]:
-    return workload.random_weights(TINY)
+    return Check("CUDA graphs", "graphs", torch.bfloat16, prepare)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The stage
+# The stages
 
 
-Wrong = Callable[[str, str, str], None]  # (text, operator, dtype)
-
-
-def run_checks(found: Iterator[Check], budget: Budget, device: torch.device, wrong: Wrong) -> str:
-    """Runs checks until time is up. Returns: how many ran, how many failed, and what was cut off, in words."""
-    count = failed = 0
-    for check in found:
-        if not budget.allows(0.5):
-            return f"{count} run, {failed} wrong, cut off before {check.name}"
-        count += 1
-        try:
-            check.run()
-        except Exception as error:  # a kernel that does not compile is wrong too
-            failed += 1
-            text = str(error) if isinstance(error, AssertionError) else f"{check.name}: {harness.reason(error)}"
-            wrong(" ".join(text.split())[:400], check.operator, str(check.dtype).removeprefix("torch."))
-            if _context_is_lost(device):
-                return f"{count} run, {failed} wrong, and after {check.name} the CUDA context is lost"
-    return f"{count} run, {failed} wrong"
-
-
-def _context_is_lost(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
-
-
-PROCESSES = 4
-# exit status of a part that ran to its end; 1 would be any crash of Python's
-FOUND_WRONG = 3
-_MARK = "WRONG CHECK"
-
-
-def part(device: torch.device, budget: Budget, index: int, count: int) -> int:
-    """One process's share of the checks, printed for `collect`. Returns the exit status."""
-    failed: list[str] = []
-
-    def wrong(text: str, operator: str, dtype: str) -> None:
-        failed.append(text)
-        print(_MARK, operator, dtype, text, sep="\t", flush=True)
-
-    found = itertools.islice(checks(device), index, None, count)
-    print("own checks:", run_checks(found, budget, device, wrong), flush=True)
-    return FOUND_WRONG if failed else 0
-
-
-def collect(run: Run, job: Job, budget: Budget) -> None:
-    """What a process of `part` found; one that died is wrong too."""
-    status, text = job.wait(budget.left())
-    for line in job.text().splitlines():
-        if line.startswith(_MARK):
-            _, operator, dtype, what = line.split("\t", 3)
-            run.fail(what, operator, dtype)
-    run.note(f"{job.name}: {text}")
-    if status not in (0, FOUND_WRONG, None):
-        run.fail(f"{job.name} ended with status {status}: {text}")
-
-
-def start_pytest(run: Run) -> Job | None:
-    """The suite's kernel tests on the GPU, beside the own checks; none in a dry run, where `make test` has run them."""
-    if run.dry or importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
-        run.note(
-            "dry run: `make test` runs the tests" if run.dry else "pytest or hypothesis is not here: own checks only"
-        )
-        return None
-    paths = [path for path in TESTS if (ROOT / path).exists()]
-    command = [sys.executable, "-m", "pytest", *paths, "--maxfail=20", "--tb=short", "-p", "no:cacheprovider"]
-    if int(metadata.version("pytest").partition(".")[0]) < 9:
-        # pyproject.toml has settings that only newer ones know, and is strict about them
-        command += ["-c", os.devnull, "--rootdir", str(ROOT)]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "6"]
-    return Job("pytest", command, run.file("pytest.log"))
+def gate(run: Run, budget: Budget) -> None:
+    """Each launch of the headline once."""
+    run_checks(run, headline(run.device, dry=run.dry), budget, once=True)
 
 
 def stage(run: Run, budget: Budget) -> None:
-    """Own checks, pytest and, since nothing is timed here, the sanitizer side by side: most of it is compiling."""
-    if run.dry:
-        run.note(f"own checks: {run_checks(checks(run.device, dry=True), budget, run.device, run.fail)}")
-        start_pytest(run)
-        return
-    tests = start_pytest(run)
-    sanitizer.start(run)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--only",
-        "checks",
-        "--minutes",
-        f"{(budget.left() - 5) / 60:.3f}",
-    ]
-    names = [f"{i}/{PROCESSES}" for i in range(PROCESSES)]
-    parts = [Job(f"checks {name}", [*command, "--part", name], None) for name in names]
-    # should this stage break off, whoever ends the run ends them
-    run.jobs.update({job.name: job for job in (*parts, *filter(None, [tests]))})
-    for job in parts:
-        collect(run, job, budget)
-    if tests is not None:
-        status, text = tests.wait(budget.left())
-        run.note(f"pytest: {text}")
-        if status not in (0, None):
-            run.fail(f"pytest: {text}")
+    """Every check."""
+    run_checks(run, checks(run.device, dry=run.dry), budget)
+
+
+def run_checks(run: Run, found: Iterator[Check], budget: Budget, *, once: bool = False) -> None:
+    """This process's share of the checks, until time is up.
+
+    once: a check whose launches are all in checks before it is left out.
+    Raises: what every call raises after a CUDA error that stays.
+    """
+    count = failed = known = 0
+    before = cut = ""
+    for check in _share(run, found, once=once):
+        if not budget.allows(0.5):
+            cut = f", cut off before {check.name}"
+            break
+        if check.name in run.state.tried:
+            continue
+        ids: list[str] = []
+        run.doing(check.name)
+        try:
+            work = check.prepare()
+            needed = _launches(check, work, run.device)
+            ids = [each.id for each in needed]
+            key = launches.key(check.name, needed, more=check.more)
+            if key and key in run.state.proved:
+                known += 1
+                continue
+            run.doing(check.name, ids)
+            count += 1
+            work.judge(work.launch())
+        except Exception as error:  # a kernel that does not compile is wrong too
+            make.lost(run.device)
+            failed += 1
+            text = str(error) if isinstance(error, AssertionError) else f"{check.name}: {harness.reason(error)}"
+            run.fail(" ".join(text.split())[:400], ids)
+        else:
+            run.prove(key, check.name, ids)
+    run.doing("")
+    if known:
+        before = f", {known} found right before"
+    part = f"{run.state.part + 1} of {run.state.parts}: " if run.state.parts > 1 else ""
+    run.note(f"{part}{count} checks run, {failed} wrong{before}{cut}")
+
+
+def _launches(check: Check, work: Work, device: torch.device) -> list[launches.Launch]:
+    # a graph is recorded at the first use of a shape, and cannot be of nothing
+    return [] if check.operator == "graphs" else launches.launches_of(work.launch, device)
+
+
+def _share(run: Run, found: Iterator[Check], *, once: bool) -> Iterator[Check]:
+    """Every so manieth check is this process's. All of them walk through the same checks, and so agree."""
+    seen: set[str] = set()
+    turn = 0
+    for check in found:
+        if once:
+            try:
+                ids = {each.id for each in _launches(check, check.prepare(), run.device)}
+            except Exception:  # whose turn it is will say so
+                ids = set()
+            if ids and ids <= seen:
+                continue
+            seen |= ids
+        if turn % run.state.parts == run.state.part:
+            yield check
+        turn += 1

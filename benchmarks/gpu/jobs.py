@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ class Job:
                 env={**os.environ, "PYTHONPATH": _python_path(), **(environment or {})},
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # a group of its own, in the stage's session: ended with it, whatever happens
+                **({"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}),
             )
 
     def wait(self, seconds: float) -> tuple[int | None, str]:

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu import contestants, timing
+from benchmarks.gpu import contestants, gate, timing
 from benchmarks.gpu import problems as make
 from benchmarks.gpu.contestants import EAGER, OURS, Contestant
+from benchmarks.gpu.gate import Condemned
 from benchmarks.gpu.problems import Maker, Problem
 from benchmarks.gpu.run import Run, rates, ratios
 from clipfast import roofline
 from clipfast.bench import harness, workload
 from clipfast.bench.budget import Budget
 from clipfast.bench.harness import Row, significant
+from tests.op_cases import Case
 
 ROUNDS = 15
 SHORT, WHOLE = workload.Captions(8, 24), workload.Captions(77, 77)
@@ -90,10 +92,6 @@ def _accepted(run: Run, problem: Problem, people: list[Contestant], rows: dict[s
     eager, accepted = None, []
     # eager first: the whole of everybody else's result is compared with its own
     for each in sorted(people, key=lambda each: each.name != EAGER):
-        known = run.wrong.get((problem.operator, problem.dtype_name)) if each.name == OURS else None
-        if known is not None:
-            rows[each.name] = {"status": "WRONG", "note": f"not timed: {known}"[:160]}
-            continue
         try:
             result = make.as_tuple(each.prepare(case)())[0]
             if each.part:
@@ -104,17 +102,25 @@ def _accepted(run: Run, problem: Problem, people: list[Contestant], rows: dict[s
                 error = make.check(result, case, eager, strict=each.name.startswith(OURS), what=what)
                 rows[each.name] = {"status": "ok", "rel_rms": significant(error)}
                 eager = result if each.name == EAGER else eager
+        except Condemned as error:
+            rows[each.name] = {"status": "WRONG", "note": f"not timed: {error}"[:160]}
         except AssertionError as error:
             rows[each.name] = {"status": "WRONG", "note": str(error)[:160]}
             if each.name.startswith(OURS):
-                run.fail(str(error)[:300])
+                run.fail(str(error)[:300], _launches(each, case, run.device))
         except Exception as error:
             rows[each.name] = {"status": "failed", "note": harness.reason(error)}
+            make.lost(run.device)
             if each.name == OURS:
-                run.fail(f"{problem.title()}: {harness.reason(error)}")
+                run.fail(f"{problem.title()}: {harness.reason(error)}", _launches(each, case, run.device))
         else:
             accepted.append(each)
     return accepted
+
+
+def _launches(each: Contestant, case: Case, device: torch.device) -> list[str]:
+    """Ids of what a contestant launches, to blame."""
+    return [launch.id for launch in gate.launches_of(each.prepare(case), device)]
 
 
 def _prepared(
@@ -149,12 +155,14 @@ def line(problem: Problem, rows: dict[str, Row]) -> str:
 
 def stage(run: Run, budget: Budget) -> None:
     """Everybody at every shape; then torch.compile at the first shapes of the plan, as far as time allows."""
+    gate.forbid(run.wrong)
     everything = budget.part(budget.left() * (1 - COMPILE_SHARE))
     done: list[Problem] = []
     for problem in plan(run.device, dry=run.dry):
         if not everything.allows(1.0):
             run.note(f"out of time before {problem.title()}")
             break
+        run.doing(problem.title())
         rows = measure(run, problem, contestants.of(problem.operator), everything)
         run.say(f"operator {problem.operator}: {rows[OURS]['status']}" if run.dry else line(problem, rows))
         done.append(problem)
@@ -169,5 +177,6 @@ def stage(run: Run, budget: Budget) -> None:
             break
         torch.compiler.reset()
         contestants.forget_compiled()
+        run.doing(f"torch.compile of {problem.title()}")
         rows = measure(run, problem, contestants.of(problem.operator, compiled=True), budget)
         run.say(line(problem, rows))

@@ -193,6 +193,14 @@ def of_block(model: str, lengths: Sequence[int], width: int, m: Maker, *, causal
     yield attention_pool(model, lengths, width, m)
 
 
+def of_last_block(model: str, batch: int, tower: str, m: Maker) -> Iterator[Problem]:
+    """What follows the pooled rows, one a sample: few rows, and so other launches than a block's."""
+    width = ARCHITECTURES[model]["vision_width" if tower == "image" else "transformer_width"]
+    for n_cols, n_terms, activation, residual in products(width):
+        yield linear(model, batch, n_cols, n_terms, batch, m, activation, residual)
+    yield layer_norm(model, batch, width, batch, m)
+
+
 def of_images(model: str, batch: int, m: Maker) -> Iterator[Problem]:
     sizes = ARCHITECTURES[model]
     width, patch, side = sizes["vision_width"], sizes["vision_patch_size"], sizes["image_resolution"]
@@ -287,10 +295,24 @@ def flat(output: Tensor) -> Tensor:
     return output.flatten(0, -2)
 
 
+def n_terms(case: Case) -> int:
+    """How many numbers a result of a product is the sum of, one product after the other; 0 of what is no product."""
+    first, *rest = case.arguments
+    counts: dict[str, Callable[[], int]] = {
+        "linear": lambda: first.shape[1],
+        "mlp": lambda: first.shape[1] + len(rest[2]),
+        "project": lambda: first.shape[1],
+        "logits": lambda: first.shape[1],
+        "patch_embed": lambda: rest[0][0].numel(),
+    }
+    return counts.get(case.operator, lambda: 0)()
+
+
 def check(output: Tensor, case: Case, eager: Tensor | None = None, *, strict: bool = True, what: str = "") -> float:
     """Compare an operator's (first) result with float64 on samples, and with all of eager's result if that is given.
 
-    strict: at most twice the error of PyTorch's own composition, and one ulp; else (for peers) eight times.
+    strict: at most twice the error of PyTorch's own composition, and one ulp, in float32 what so long a sum rounds to;
+            else (for peers) eight times.
     Returns: the relative RMS error of the samples.
     Raises:  AssertionError with the figures.
     """
@@ -304,7 +326,7 @@ def check(output: Tensor, case: Case, eager: Tensor | None = None, *, strict: bo
     assert ours.shape == exact.shape, f"{what}: {list(ours.shape)} where {list(exact.shape)} is right"
     error = ((ours.double() - exact).norm() / exact.norm()).item()
     if strict:
-        assert_accurate(ours, peer, exact, what=what)
+        assert_accurate(ours, peer, exact, what=what, terms=n_terms(case))
     else:
         peers = ((peer.double() - exact).norm() / exact.norm()).item()
         bound = 8 * peers + torch.finfo(ours.dtype).eps
@@ -315,3 +337,9 @@ def check(output: Tensor, case: Case, eager: Tensor | None = None, *, strict: bo
         bound = ROW_GAPS[found.dtype]
         assert gap <= bound, f"{what}: a row is {gap:.2g} of its length away from eager PyTorch's, bound {bound:.2g}"
     return error
+
+
+def lost(device: torch.device) -> None:
+    """After an error: raises it again if every later CUDA call would raise it too, since only a new process helps."""
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.synchronize(device)

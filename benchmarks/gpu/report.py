@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.contestants import OPENAI, OURS
-from benchmarks.gpu.run import DRY, Run
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.run import DRY
+from benchmarks.gpu.stages import Stage, forecast
 from clipfast.bench import output
 from clipfast.bench.harness import Row
 
 MOST_OPERATORS = 40
 MOST_FAILURES = 12
+MOST_NOTES = 16
 
 
 class Aim(NamedTuple):
@@ -48,10 +52,14 @@ def _groups(rows: Iterable[Row], *, towers: bool) -> dict[tuple[Any, ...], dict[
     """Rows by what they measured; of a contestant that was timed twice the later one, beside its own peers."""
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        if row["stage"] == ("towers" if towers else "operators"):
+        if "contestant" in row and row["stage"] != "tune" and towers == _is_tower(row):
             key = tuple(row.get(name, "") for name in ("operator", "model", "shape", "batch", "captions", "dtype"))
             found.setdefault(key, {})[row["contestant"]] = row
     return found
+
+
+def _is_tower(row: Row) -> bool:
+    return row["operator"].startswith(("encode_", "train_"))
 
 
 def best_peer(group: dict[str, Row]) -> Row | None:
@@ -111,32 +119,56 @@ def _is(aim: Aim, row: Row) -> bool:
     return row.get("model") == aim.model and row.get("captions", "") == aim.captions
 
 
-def print_report(run: Run) -> None:
+def print_plan(stages: Iterable[Stage], seconds: float) -> None:
+    """What each stage would do in its share, with an estimate of each part, on an H100."""
+    lines, start = [], 0.0
+    for stage in stages:
+        parts = forecast(stage)
+        estimate = sum(each for _, each in parts)
+        at_most = max(0.0, min(stage.seconds, seconds - start))
+        share = f"{at_most:.0f}" if at_most else "out of time"
+        lines.append((stage.name, "", f"{estimate:.0f}", share, f"{start:.0f}"))
+        lines += [("", what, f"{each:.0f}", "", "") for what, each in parts if len(parts) > 1]
+        start += min(estimate, at_most)
+    header = ("stage", "", "estimate, s", "at most", "begins at")
+    notes = [
+        f"{seconds - start:.0f} of {seconds:.0f} s are left by this estimate (arithmetic, from the first H100 run)"
+    ]
+    output.print_table("plan", header, lines, notes, names=2)
+
+
+def print_report(found: Evidence) -> None:
     """Last of all, and short: whoever called may see the end of the output only."""
-    if run.dry:
+    state = found.state
+    facts, dry = state.facts, state.dry
+    if dry:
         print(f"\n{DRY}")
     header = ("best other", "ours", "theirs", "x as fast", "of floor's speed")
-    operators, towers = _groups(run.rows, towers=False), _groups(run.rows, towers=True)
-    print(
-        f"\n{run.facts['gpu']}, torch {run.facts['torch']}, triton {run.facts['triton']}, commit {run.facts['commit']}"
-    )
-    if run.ceilings and not run.dry:
+    operators, towers = _groups(found.rows, towers=False), _groups(found.rows, towers=True)
+    if facts:
+        print(f"\n{facts['gpu']}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}")
+    if state.ceilings and not dry:
         rates = (
-            f"{n} {v / 1e9:.0f} GB/s" if n == "copy" else f"{n} {v / 1e12:.0f} TFLOP/s" for n, v in run.ceilings.items()
+            f"{n} {v / 1e9:.0f} GB/s" if n == "copy" else f"{n} {v / 1e12:.0f} TFLOP/s"
+            for n, v in state.ceilings.items()
         )
         print("ceilings: " + ", ".join(rates))
-    if run.paste:
-        print("\nfor clipfast/tuning.py:", *run.paste, sep="\n")
-    if operators and not run.dry:
+    if found.pasted:
+        print("\nfor clipfast/tuning.py:", *found.pasted, sep="\n")
+    if operators and not dry:
         notes = [f"{len(operators) - MOST_OPERATORS} more in the file"] if len(operators) > MOST_OPERATORS else []
         output.print_table("operators, us a call", ("", *header), table(operators, 1e6, MOST_OPERATORS), notes, names=2)
-    if towers and not run.dry:
+    if towers and not dry:
         output.print_table("towers, ms a batch", ("", *header), table(towers, 1e3), names=2)
-    if (towers or operators) and not run.dry:
-        lines = [aim_line(aim, run.rows, run.ceilings.get("copy")) for aim in AIMS]
+    if (towers or operators) and not dry:
+        lines = [aim_line(aim, found.rows, state.ceilings.get("copy")) for aim in AIMS]
         output.print_table("aims", ("", "aim", "found", ""), lines)
-    for note in run.notes[-12:]:
+    lines = [(each["stage"], each["outcome"][:110], f"{each['seconds']:.0f}") for each in found.stages]
+    output.print_table("stages", ("", "", "s"), lines, names=2)
+    for note in found.notes[-MOST_NOTES:]:
         print(f"note: {note}"[:160])
-    for failure in run.failures[:MOST_FAILURES]:
+    for failure in found.failures[:MOST_FAILURES]:
         print(f"WRONG: {failure}"[:240])
-    print(f"{len(run.failures)} correctness failures" if run.failures else "no correctness failure", flush=True)
+    counted = f"{found.proved} checks passed; " if found.proved else ""
+    print(counted + (f"{len(found.failures)} correctness failures" if found.failures else "no correctness failure"))
+    sys.stdout.flush()

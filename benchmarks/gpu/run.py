@@ -1,33 +1,29 @@
-"""What the stages of one run share: options, device, budget, rows as they are found, and what was wrong."""
+"""What a stage needs to know, and where what it finds goes: all of it as events, to the process that started it."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
-import json
 import os
 import platform
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import torch
 
 from clipfast import roofline
 from clipfast.bench import environment, harness
-from clipfast.bench.budget import Budget
-from clipfast.bench.environment import free_name, nvidia_smi, output, slug
+from clipfast.bench.environment import nvidia_smi, output
 from clipfast.bench.harness import Row, significant
 
 ROOT = Path(__file__).resolve().parents[2]
 DRY = "dry run: no figure below means anything"
 
 # stage: what it was measured in; "ceilings" rows hold what the machine gives at best.
-# operator: or encode_image, encode_text.
+# operator: or encode_image, encode_text, train_step.
 # status: ok; part: does less than the operator; WRONG: computes something else, not timed; failed: raised;
 #   missing: not installed.
 # how: "graph": captured in a CUDA graph and replayed; "calls (why)": launched one by one; "wall": host clock
@@ -45,100 +41,91 @@ COLUMNS = (
 )
 
 
+@dataclass
+class State:
+    """What the stages before have found, and how this one runs. All of it can be written as JSON."""
+
+    dry: bool = False
+    built: bool = False  # csrc is built already, from these sources
+    facts: dict[str, Any] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)  # "copy" in bytes/s, dtypes in FLOP/s
+    wrong: dict[str, str] = field(default_factory=dict)  # a launch's id (gate.py) -> what it gets wrong
+    proved: dict[str, str] = field(default_factory=dict)  # a check's key -> its name, found right now or before
+    right: list[str] = field(default_factory=list)  # ids of launches in the checks that passed in this run
+    tried: list[str] = field(default_factory=list)  # checks of this stage that are over: not again
+    logs: str | None = None  # path and beginning of the name of files beside the CSV; none where nothing is kept
+    part: int = 0  # of the stage, where several processes share it
+    parts: int = 1
+    absent: list[str] = field(default_factory=list)  # contestants that some row has said to be missing
+
+
+Emit = Callable[[str, Any], None]  # (kind of event, value)
+
+
 class Run:
-    """One invocation."""
+    """One stage in its process."""
 
-    def __init__(self, options: argparse.Namespace, budget: Budget, device: torch.device):
-        self.options, self.budget, self.device = options, budget, device
-        self.facts = facts(device)
-        self.rows: list[Row] = []
-        self.ceilings: dict[str, float] = {}  # "copy" in bytes/s, dtypes in FLOP/s
-        self.wrong: dict[tuple[str, str], str] = {}  # (operator, dtype) -> what; these are not timed
-        self.failures: list[str] = []  # correctness, in words
-        self.notes: list[str] = []
-        self.paste: list[str] = []  # lines for clipfast/tuning.py
-        self.jobs: dict[str, Any] = {}  # subprocesses that run beside a stage
-        self.stage = "start"
-        self._folder = self._name = None
-        self._file: IO[str] | None = None
-        self._lock = threading.Lock()
+    def __init__(self, stage: str, state: State, device: torch.device, emit: Emit):
+        self.stage, self.state, self.device = stage, state, device
+        self.facts, self.ceilings, self.dry = state.facts, state.ceilings, state.dry
+        self.rows: list[Row] = []  # of this stage
+        self.wrong = dict(state.wrong)
+        self._right = set(state.right)
+        self._emit, self._lock = emit, threading.Lock()
 
-    @property
-    def dry(self) -> bool:
-        return self.options.dry_run
-
-    @property
-    def folder(self) -> Path:
-        """Where results go: --out, else benchmarks/results; a dry run writes nothing there."""
-        return self.options.out or ROOT / "benchmarks" / "results"
-
-    def open(self) -> None:
-        """Starts the CSV and writes the environment beside it."""
-        if self.dry and self.options.out is None:
-            self._file = io.StringIO()
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = free_name(self.folder, f"{slug(self.facts['gpu'])}-{self.facts['date']}")
-            self._file = path.open("w", newline="")
-            path.with_suffix(".json").write_text(json.dumps(self.facts, indent=1) + "\n")
-            self.say(f"writing {path.name}")
-            self._name = path.stem
-        csv.DictWriter(self._file, COLUMNS, lineterminator="\n").writeheader()
+    def emit(self, kind: str, value: Any) -> None:
+        with self._lock:
+            self._emit(kind, value)
 
     def file(self, kind: str) -> Path | None:
         """A path beside the CSV for a log; none where nothing is kept."""
-        return None if self._name is None else self.folder / f"{self._name}-{kind}"
+        return None if self.state.logs is None else Path(f"{self.state.logs}-{kind}")
 
     def add(self, row: Row) -> None:
-        """Appends a row to the CSV at once: a run that is cut off keeps what it measured."""
-        shared = {name: self.facts[name] for name in ("date", "commit", "gpu", "torch", "triton")}
-        full = {**shared, "stage": self.stage, **row}
-        with self._lock:
-            self.rows.append(full)
-            if self._file is not None:
-                csv.DictWriter(self._file, COLUMNS, restval="", extrasaction="raise", lineterminator="\n").writerow(
-                    full
-                )
-                self._file.flush()
+        """A row of the CSV, which has it at once: a run that is cut off keeps what it measured."""
+        full = {"stage": self.stage, **row}
+        unknown = set(full) - set(COLUMNS)
+        if unknown:
+            raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
+        self.rows.append(full)
+        self.emit("row", full)
 
-    def fail(self, text: str, operator: str = "", dtype: str = "") -> None:
-        """Something computes the wrong thing; of a named operator nothing is timed in that dtype from now on."""
-        self.failures.append(text)
-        if operator:
-            self.wrong.setdefault((operator, dtype), text)
-        self.say(f"WRONG: {text}")
+    def ceiling(self, name: str, value: float) -> None:
+        self.ceilings[name] = value
+        self.emit("ceiling", [name, value])
+
+    def fail(self, text: str, launches: Iterable[str] = ()) -> None:
+        """Something computes the wrong thing.
+
+        launches: ids of what it launched. Those that no passed check launched too are not made again where clipfast is
+                  timed; all of them, if each has passed elsewhere.
+        """
+        suspects = list(launches)
+        suspects = [each for each in suspects if each not in self._right] or suspects
+        self.wrong.update((each, self.wrong.get(each, text)) for each in suspects)
+        self.emit("wrong", [text, suspects])
+
+    def prove(self, key: str, name: str, launches: Iterable[str]) -> None:
+        """A check passed.   key: what it depends on; empty if that is not known."""
+        ids = list(launches)
+        self._right.update(ids)
+        self.emit("proved", [key, name, ids])
+
+    def doing(self, what: str, launches: Iterable[str] = ()) -> None:
+        """What is blamed should the process die now."""
+        self.emit("doing", [what, list(launches)])
 
     def note(self, text: str) -> None:
-        self.notes.append(f"{self.stage}: {text}")
-        self.say(text)
+        """A line that the report repeats at its end."""
+        self.emit("note", text)
+
+    def paste(self, line: str) -> None:
+        """A line for clipfast/tuning.py."""
+        self.emit("paste", line)
 
     def say(self, text: str) -> None:
-        print(f"[{self.budget.spent():5.0f} s] {self.stage}: {text}", flush=True)
-
-
-class Stage(NamedTuple):
-    name: str
-    seconds: float  # at most
-    function: Callable[[Run, Budget], None]
-
-
-def run_stages(run: Run, stages: list[Stage]) -> None:
-    """Each in turn and in its own time; one that fails is reported, and the others go on."""
-    for stage in stages:
-        run.stage = stage.name
-        budget = run.budget.part(stage.seconds)
-        if not budget.allows(1):
-            run.note("not run: out of time")
-            continue
-        run.say(f"at most {budget.left():.0f} s")
-        try:
-            stage.function(run, budget)
-        except Exception as error:
-            run.note(f"stage failed: {harness.reason(error)}")
-            if os.environ.get("CLIPFAST_TRACEBACK") == "1":
-                raise
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """A line of progress."""
+        print(text, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,14 +165,8 @@ def _triton() -> str:
     return triton.__version__
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler, also where it is installed but not on the PATH."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-
-
 def nvcc_version() -> str:
-    path = nvcc()
+    path = on_path("nvcc")
     found = re.search(r"release [\d.]+, V([\d.]+)", output(path, "--version")) if path else None
     return found[1] if found else ""
 
@@ -212,5 +193,6 @@ def ratios(rows: Mapping[str, Row], eager: str | None, ours: str) -> None:
 
 
 def on_path(name: str) -> str | None:
+    """A tool of CUDA, also where it is installed but not on the PATH."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(name) or shutil.which(name, path=f"{home}/bin") or None
+    return shutil.which(name) or shutil.which(name, path=f"{home}/bin")

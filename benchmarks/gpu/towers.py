@@ -1,260 +1,265 @@
-"""encode_image and encode_text of whole models: ours against openai/CLIP, transformers, open_clip and torch.compile."""
+"""Towers and train steps of whole models: ours against openai/CLIP, open_clip, transformers and compilers.
+
+A stage is a process. An error ends one contestant or one group; one after which no CUDA call works ends the process.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-import importlib.util
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import itertools
+import time
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-import clipfast
-from benchmarks.gpu import contestants
-from benchmarks.gpu.correctness import TINY
+from benchmarks.gpu import entrants, gate, problems
+from benchmarks.gpu import groups as grouped
+from benchmarks.gpu.entrants import EAGER, OURS, Field
+from benchmarks.gpu.groups import COMPILED, TRAIN, Group, estimate, forecast
 from benchmarks.gpu.run import Run, rates, ratios
 from clipfast import roofline
-from clipfast.architectures import ARCHITECTURES
-from clipfast.bench import harness, peers, workload
+from clipfast.bench import contest, harness, peers, training, workload
 from clipfast.bench.budget import Budget
 from clipfast.bench.harness import Row
-from clipfast.bench.peers import huggingface, ours
+from clipfast.bench.peers import openclip
 
-OURS, EAGER = contestants.OURS, contestants.OPENAI
-SHORT, WHOLE = workload.Captions(8, 24), workload.Captions(77, 77)
-ROUNDS = {1: 61, 32: 31, 256: 15, 1024: 9}
-# seconds that a group takes without and with torch.compile, until one of this run says better
-ESTIMATES = {False: 12.0, True: 60.0}
+__all__ = ["COMPILED", "compiled", "estimate", "forecast", "stage", "train"]
+
+TRAINED = (OURS, EAGER, openclip.NAME)
 
 
-class Group(NamedTuple):
-    """What is compared: everything that its rows share."""
-
-    model: str
-    tower: str
-    batch: int
-    dtype: torch.dtype
-    captions: workload.Captions = WHOLE
-    compiled: bool = False  # with torch.compile, which takes minutes
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def about(self) -> str:
-        return str(self.captions) if self.tower == "text" else ""
-
-    def title(self) -> str:
-        captions = f" of {self.captions} tokens" if self.tower == "text" else ""
-        return f"{self.model} {self.tower}{captions}, batch {self.batch}, {self.dtype_name}"
+def stage(run: Run, budget: Budget) -> None:
+    """All that needs no compiler, and then what takes longer, as far as time goes."""
+    _measure(run, grouped.tiny() if run.dry else grouped.plan() + grouped.more(), budget)
 
 
-def plan(*, dry: bool = False) -> list[Group]:
-    """Most important first: the figures that the aims are about, without compilers and then with torch.compile."""
-    if dry:
-        return [Group("tiny", "image", 2, torch.float32), Group("tiny", "text", 2, torch.float32, SHORT)]
-    b32, b16, l14 = "ViT-B/32", "ViT-B/16", "ViT-L/14"
-
-    def groups(dtype: torch.dtype, *chosen: tuple[str, str, int]) -> list[Group]:
-        captions = {"image": WHOLE, "text": SHORT}
-        return [Group(model, tower, batch, dtype, captions[tower]) for model, tower, batch in chosen]
-
-    half = torch.bfloat16
-    first = groups(half, (b32, "image", 256), (b32, "text", 256), (b32, "image", 1), (b32, "text", 1))
-    first += groups(half, (l14, "image", 256), (b32, "image", 1024), (b32, "image", 32), (b32, "text", 32))
-    first += groups(torch.float16, (b32, "image", 256), (b32, "text", 256), (b32, "image", 1), (l14, "image", 256))
-    first += groups(half, (l14, "image", 1), (l14, "text", 256), (l14, "image", 32))
-    # a compiler takes a minute or two for each
-    slow = groups(half, (b32, "image", 256), (b32, "text", 256), (l14, "image", 256), (b32, "image", 1))
-    first += [group._replace(compiled=True) for group in slow]
-    first += groups(half, (b16, "image", 256), (b16, "image", 1), (l14, "image", 1024))
-    return [*first, Group(b32, "text", 256, half, WHOLE)]
+def compiled(run: Run, budget: Budget, groups: Sequence[Group]) -> None:
+    """Ours, openai/CLIP eager and compiled, in the same rounds.   groups: one of COMPILED."""
+    if run.dry:
+        run.note("dry run: torch.compile is left out")
+        towers = {group.tower for group in groups}
+        groups = [group._replace(compiled=True) for group in grouped.tiny()[:2] if group.tower in towers]
+    _measure(run, groups, budget)
 
 
-@functools.lru_cache(maxsize=2)
-def _weights(model: str, device: torch.device) -> dict[str, Tensor]:
-    return {name: w.to(device) for name, w in workload.random_weights(_architecture(model)).items()}
+compiled_image = functools.partial(compiled, groups=COMPILED["compiled-image"])
+compiled_text = functools.partial(compiled, groups=COMPILED["compiled-text"])
+compiled_l14 = functools.partial(compiled, groups=COMPILED["compiled-l14"])
 
 
-def _architecture(model: str) -> dict:
-    return TINY if model == "tiny" else ARCHITECTURES[model]
+def train(run: Run, budget: Budget) -> None:
+    """Forward, contrastive loss, backward and fused AdamW under autocast."""
+    _measure(run, [TRAIN._replace(model="tiny", batch=5)] if run.dry else [TRAIN], budget)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Contestants
+def _measure(run: Run, groups: Sequence[Group], budget: Budget) -> None:
+    """One group after the other; the first is always tried, the others if they are expected to end in time."""
+    planned, late = 0.0, []
+    instead = gate.fall_back(run)
+    for (model, dtype), same in itertools.groupby(groups, key=lambda group: (group.model, group.dtype)):
+        field: Field | None = None
+        for group in same:
+            expected = estimate(group) + (0 if field else grouped.building(model))
+            # as fast or slow as this machine was so far
+            pace = budget.spent() / (grouped.START + planned) if planned else 0.0
+            if not run.dry and not budget.allows(pace * expected):
+                late.append(group.title())
+                continue
+            planned += expected
+            run.doing(group.title())
+            try:
+                field = field or Field(run, model, dtype)
+                rows = compare(run, group, field, budget)
+            except Exception as error:
+                run.note(f"{group.title()} failed: {harness.reason(error)}")
+                problems.lost(run.device)
+            else:
+                run.say(f"{group.title()}: ran" if run.dry else line(group, rows))
+            for what in instead():
+                run.note(f"{group.title()}: {what}")
+            _free(run.device)
+        field = None
+        _free(run.device)
+    if late:
+        run.note(f"out of time before {len(late)} of {len(groups)}: {'; '.join(late)}")
 
 
-def build_contestants(
-    run: Run, group: Group, spec: peers.Spec, batch: peers.Batch
-) -> tuple[peers.Calls, dict[str, str]]:
-    """Name -> call, and name -> why not."""
-    calls: peers.Calls = {}
-    missing: dict[str, str] = {}
-    variants: dict[str, Callable[[peers.Spec], peers.Prepare]] = {
-        name: peer.build
-        for name, peer in peers.known().items()
-        if run.device.type in peer.devices and not peer.prepares
-    }
-    if group.batch <= 256:  # some are replayed as graphs
-        variants[f"{OURS}, graphs off"] = functools.partial(_ours_variant, name=f"{OURS}, graphs off", graphs=False)
-    variants[f"{OURS}, torch backend"] = functools.partial(_ours_variant, name=f"{OURS}, torch backend", forced="torch")
-    if group.compiled and not run.dry and importlib.util.find_spec("clip") is None:
-        # openai-clip may be missing on a bare machine, and something must be compiled
-        compiled = {"mode": "max-autotune"}
-        name = "transformers torch.compile"
-        variants[name] = functools.partial(huggingface.build, suffix=" torch.compile", compiled=compiled)
-    elif group.compiled and not run.dry:
-        variants |= {
-            name: peer.build for name, peer in peers.known().items() if peer.prepares and peer.devices != ("cpu",)
-        }
-    for name, build in variants.items():
-        try:
-            calls |= build(spec)(group.tower, batch)
-        except Exception as error:
-            missing[name] = str(error) if isinstance(error, peers.Missing) else f"not run: {harness.reason(error)}"
-    return calls, missing
-
-
-def _ours_variant(spec: peers.Spec, *, name: str, graphs: bool = True, forced: str | None = None) -> peers.Prepare:
-    model = ours.model(spec)
-    model.cuda_graphs = graphs
-
-    def call(function: Callable[[], Tensor]) -> Tensor:
-        with clipfast.backend(forced) if forced else contextlib.nullcontext():
-            return function()
-
-    def prepare(tower: str, batch: peers.Batch) -> peers.Calls:
-        (function,) = ours.prepare(model, name, tower, batch).values()
-        return {name: functools.partial(call, function)}
-
-    return prepare
+def _free(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    gc.collect()
+    try:
+        torch.cuda.empty_cache()
+    except Exception:
+        problems.lost(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One group
 
 
-def compare(run: Run, group: Group, budget: Budget) -> dict[str, Row]:
-    """Check everybody against float64, time those that are right, and write one row for each."""
-    architecture = _architecture(group.model)
-    data = workload.inputs(architecture, group.batch, _fit(group.captions, architecture))
-    data = {name: tensor.to(run.device) for name, tensor in data.items()}
-    weights = _weights(group.model, run.device)
-    spec = peers.Spec(weights, architecture, group.dtype, run.device)
-    with torch.no_grad():
-        chosen = data[group.tower][workload.checked_samples(group.batch).to(run.device)]
-        exact = workload.exact(group.tower, weights, chosen, group.dtype)
-    calls, missing = build_contestants(run, group, spec, peers.Batch(data["image"], data["text"]))
-    rows: dict[str, Row] = {name: {"status": "missing", "note": why} for name, why in missing.items()}
-    accepted = check(run, group, calls, exact, rows)
-    # torch.compile records its CUDA graph in the second call and replays it from the third
-    warm_up(accepted, rows)
-    seconds: dict[str, list[float]] = {}
-    rounds = 2 if run.dry else ROUNDS[group.batch]
-    for name, why in harness.time_rounds(accepted, rounds, seconds).items():
-        rows[name] |= {"status": "failed", "note": why}
-    works = _works(group, architecture, data["text"])
-    for name, values in seconds.items():
-        summary = harness.times(values)
-        rows[name] |= {"how": "wall", **summary, **rates(run, works, group.dtype_name, summary["median_s"])}
-    ratios(rows, EAGER if EAGER in seconds else peers.TRANSFORMERS[group.tower], OURS)
-    shared = {"operator": f"encode_{group.tower}", "model": group.model, "batch": group.batch, "captions": group.about}
-    for name, row in rows.items():
-        run.add({**shared, "dtype": group.dtype_name, "contestant": name, **row})
+def compare(run: Run, group: Group, field: Field, budget: Budget) -> dict[str, Row]:
+    """Check everybody against float64, time those that are right, and write one row for each, whatever happens."""
+    rows: dict[str, Row] = {}
+    try:
+        batch = field.batch(group)
+        accepted = (_trainers if group.tower == "train" else _encoders)(run, group, field, batch, rows)
+        time_accepted(run, group, accepted, rows, budget)
+        works = _works(group, field.architecture, batch.text)
+        for row in rows.values():
+            if works and "median_s" in row:
+                row |= rates(run, works, group.dtype_name, row["median_s"])
+        ratios(rows, EAGER if EAGER in accepted else peers.TRANSFORMERS[group.tower], OURS)
+    finally:
+        shared = {"operator": group.operator, "model": group.model, "batch": group.batch, "captions": group.about}
+        for name, row in rows.items():
+            if row["status"] == "ok" and "median_s" not in row:
+                row["note"] = "not timed: somebody else ended the group"
+            run.add({**shared, "dtype": group.dtype_name, "contestant": name, **row})
     return rows
 
 
-def _fit(captions: workload.Captions, architecture: dict) -> workload.Captions:
-    return workload.Captions(captions.shortest, min(captions.longest, architecture["context_length"]))
-
-
-def _works(group: Group, architecture: dict, text: Tensor) -> list[roofline.Work]:
-    if group.tower == "image":
-        return roofline.image_tower(architecture, group.batch, group.dtype.itemsize)
-    return roofline.text_tower(architecture, (text.argmax(dim=-1) + 1).tolist(), group.dtype.itemsize)
+def _encoders(
+    run: Run, group: Group, field: Field, batch: peers.Batch, rows: dict[str, Row]
+) -> dict[str, harness.Function]:
+    chosen = workload.checked_samples(group.batch).to(run.device)
+    with torch.no_grad():
+        data = batch.images if group.tower == "image" else batch.text
+        exact = workload.exact(group.tower, field.spec.weights, data[chosen], group.dtype)
+    if group.compiled:
+        torch.compiler.reset()
+    accepted = check(run, group, field.calls(entrants.builders(run, group), group, batch, rows), exact, rows)
+    if OURS not in accepted:
+        others = {name: build for name, build in entrants.variants().items() if name not in rows}
+        accepted |= check(run, group, field.calls(others, group, batch, rows), exact, rows)
+    if group.compiled:
+        warm_up(run, group, accepted, rows)
+    return accepted
 
 
 def check(
-    run: Run, group: Group, calls: dict[str, harness.Function], exact: Tensor, rows: dict[str, Row]
+    run: Run, group: Group, calls: Mapping[str, harness.Function], exact: Tensor, rows: dict[str, Row]
 ) -> dict[str, harness.Function]:
-    """Those that compute the right thing; rows gets everybody's errors, or why there are none."""
-    chosen, accepted = workload.checked_samples(group.batch), {}
-    for name, call in calls.items():
+    """Those that compute the right thing; rows gets everybody's errors, or why there are none.
+
+    Samples are compared with float64, every row with that of the first who was right: the others' before ours.
+    """
+    chosen, accepted = workload.checked_samples(group.batch), set()
+    first: tuple[str, Tensor] | None = None
+    for name in sorted(calls, key=lambda name: name.startswith(OURS)):
+        start = time.perf_counter()
         try:
-            output = call()
+            output = calls[name]()
             if output.shape != (group.batch, exact.shape[1]) or not output.isfinite().all():
                 found, wrong = {}, f"shape {list(output.shape)}, or NaN or infinity in it"
             else:
                 found = harness.errors(output[chosen.to(output.device)], exact)
                 wrong = harness.verdict(found, group.dtype)
+                if not wrong and first is not None:
+                    wrong = contest.differs(output, first, group.dtype, 1)
         except Exception as error:
-            rows[name] = {"status": "failed", "note": harness.reason(error)}
-            if name.startswith(OURS):
-                run.fail(f"{group.title()}: {name} failed: {harness.reason(error)}")
+            entrants.failed(run, group, name, harness.reason(error), rows)
+            problems.lost(run.device)
             continue
+        if group.compiled and (took := time.perf_counter() - start) > 5:
+            run.note(f"{group.title()}: the first call of {name} took {took:.0f} s")
         found.pop("rel_max", None)
-        rows[name] = {"status": "WRONG", "note": wrong, **found} if wrong else {"status": "ok", **found}
+        judge(run, group, name, found, wrong, rows)
         if not wrong:
-            accepted[name] = call
-        elif name.startswith(OURS):
-            run.fail(f"{group.title()}: {name}: {wrong}")
+            accepted.add(name)
+            first = first or (name, output.float())
+    for name in calls:
+        rows[name] = rows.pop(name)
+    return {name: call for name, call in calls.items() if name in accepted}
+
+
+def judge(run: Run, group: Group, name: str, found: Row, wrong: str, rows: dict[str, Row]) -> None:
+    rows[name] = {"status": "WRONG", "note": wrong, **found} if wrong else {"status": "ok", **found}
+    if wrong and name.startswith(OURS):
+        run.fail(f"{group.title()}: {name}: {wrong}")
+
+
+def warm_up(run: Run, group: Group, calls: dict[str, harness.Function], rows: dict[str, Row]) -> None:
+    for name in [*calls]:
+        try:
+            for _ in range(grouped.COMPILER_WARMUP):
+                calls[name]()
+        except Exception as error:
+            del calls[name]
+            entrants.failed(run, group, name, harness.reason(error), rows)
+            problems.lost(run.device)
+
+
+def _trainers(
+    run: Run, group: Group, field: Field, batch: peers.Batch, rows: dict[str, Row]
+) -> dict[str, harness.Function]:
+    """Steps of those whose gradients are right on a few pairs."""
+    found, missing = training.trainers(field.spec, TRAINED)
+    for name, why in missing.items():
+        if why.startswith("not run: "):
+            entrants.failed(run, group, name, why, rows)
+            problems.lost(run.device)
+        else:
+            entrants.absent(run, name, why, rows)
+    small = peers.Batch(*(data[: training.SMALL] for data in batch))
+    loss, exact = training.exact_gradients(field.spec.weights, small)
+    accepted: dict[str, harness.Function] = {}
+    for name, trainer in found.items():
+        try:
+            errors, wrong = training.errors(trainer, small, loss, exact)
+        except Exception as error:
+            entrants.failed(run, group, name, harness.reason(error), rows)
+            problems.lost(run.device)
+            continue
+        judge(run, group, name, errors, wrong, rows)
+        if not wrong:
+            accepted[name] = functools.partial(trainer.step, batch)
     return accepted
 
 
-def warm_up(calls: dict[str, harness.Function], rows: dict[str, Row]) -> None:
-    for name in [*calls]:
-        try:
-            for _ in range(2):
-                calls[name]()
-        except Exception as error:
-            rows[name] |= {"status": "failed", "note": harness.reason(error)}
-            del calls[name]
+def time_accepted(
+    run: Run, group: Group, accepted: Mapping[str, harness.Function], rows: dict[str, Row], budget: Budget
+) -> None:
+    """Interleaved rounds; what was timed before the GPU was lost is kept."""
+    seconds: dict[str, list[float]] = {name: [] for name in accepted}
+    rounds = budget.part(grouped.ROUNDS_SECONDS)
+    try:
+        out = harness.time_rounds(
+            accepted,
+            group.rounds,
+            dict(seconds),
+            warmup=group.warmup,
+            least=grouped.LEAST_ROUNDS,
+            left=rounds.left,
+        )
+        for name, why in out.items():
+            del seconds[name]
+            entrants.failed(run, group, name, why, rows)
+            # of the first only: with the GPU lost all others fail after it
+            problems.lost(run.device)
+    finally:
+        for name, values in seconds.items():
+            rows[name] |= {"how": "wall", **harness.times(values)} if values else {}
 
 
-def lines(group: Group, rows: dict[str, Row]) -> Iterator[str]:
-    yield group.title()
+def _works(group: Group, architecture: dict, text: Tensor) -> list[roofline.Work]:
+    if group.tower == "image":
+        return roofline.image_tower(architecture, group.batch, group.dtype.itemsize)
+    if group.tower == "text":
+        return roofline.text_tower(architecture, (text.argmax(dim=-1) + 1).tolist(), group.dtype.itemsize)
+    return []  # the least work of a train step is not counted
+
+
+def line(group: Group, rows: Mapping[str, Row]) -> str:
+    """A group in one line: of a long run only the end of the output may come back."""
+    parts = []
     for name, row in rows.items():
         if "median_s" not in row:
-            yield f"  {name}: {row['status']}: {row.get('note', '')}"
+            parts += [] if row["status"] == "missing" else [f"{name} {row['status']}"]
             continue
-        faster = f", ours is {row['ours_is_faster']:.2f}x as fast" if "ours_is_faster" in row and name != OURS else ""
-        floor = f", {row['of_floor']:.0%} of the floor's speed" if "of_floor" in row else ""
-        yield f"  {name}: {row['median_s'] * 1e3:.4g} ms, {group.batch / row['median_s']:.4g} samples/s{faster}{floor}"
-
-
-def stage(run: Run, budget: Budget) -> None:
-    estimates = dict(ESTIMATES)
-    for group in plan(dry=run.dry):
-        if group.compiled and not budget.allows(estimates[True]):
-            run.note(f"too little time for torch.compile of {group.title()}")
-            group = group._replace(compiled=False)
-        if (
-            any(row.get("operator") == f"encode_{group.tower}" and _same(row, group) for row in run.rows)
-            and not group.compiled
-        ):
-            continue
-        if not run.dry and not budget.allows(estimates[False]):
-            run.note(f"out of time before {group.title()}")
-            continue
-        one = budget.part(budget.left())
-        torch.compiler.reset()
-        try:
-            rows = compare(run, group, one)
-        except Exception as error:
-            run.note(f"{group.title()} failed: {harness.reason(error)}")
-            continue
-        for line in [f"{group.title()}: ran"] if run.dry else lines(group, rows):
-            run.say(line)
-        estimates[group.compiled] = max(estimates[group.compiled] * 0.5, one.spent())
-        gc.collect()
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _same(row: Row, group: Group) -> bool:
-    known = (row.get("model"), row.get("batch"), row.get("dtype"), row.get("captions", ""))
-    return known == (group.model, group.batch, group.dtype_name, group.about)
+        ratio = f" ({row['ours_is_faster']:.2f}x)" if "ours_is_faster" in row and name != OURS else ""
+        floor = f" ({row['of_floor']:.0%} of the floor's speed)" if "of_floor" in row and name == OURS else ""
+        parts.append(f"{name} {row['median_s'] * 1e3:.4g} ms{ratio or floor}")
+    return f"{group.title()}: {'; '.join(parts)}"

@@ -1,0 +1,74 @@
+"""The Triton launches behind the headline of `make gpu`, found on a machine without a GPU.
+
+The towers themselves run, on CPU tensors whose activations are never filled: what the launchers would launch on a GPU
+is kept instead of made (`benchmarks.compilation.collect`). All blocks before the last launch the same, so two stand for
+twelve and twenty-four.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch import nn
+
+from benchmarks import compilation
+from benchmarks.gpu import groups
+from clipfast import dispatch, graphs, tuning
+from clipfast.architectures import ARCHITECTURES
+from clipfast.kernels import library
+from clipfast.model import CLIP, convert_weights
+
+ARCHITECTURE = 90
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def headline_launches() -> list[compilation.Launch]:
+    """All that encode_image and encode_text launch in Triton for the headline's models, batches, captions and dtypes.
+
+    In a process of its own: Triton's driver is one without a GPU afterwards.
+    """
+    with on_triton():
+        return compilation.collect(cases(), [ARCHITECTURE])
+
+
+@contextlib.contextmanager
+def on_triton() -> Iterator[None]:
+    """Inside, CPU tensors take the way that a GPU's take without gradients: Triton's kernels, stable rows, no parts."""
+    with (
+        # what lets the Triton backend have CPU tensors
+        mock.patch.object(library, "interpreted", return_value=True),
+        mock.patch.object(graphs, "suit", graphs.fits),
+        mock.patch.object(tuning, "rows_at_a_time", return_value=None),
+        dispatch.backend("triton"),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def cases() -> Iterator[Callable[[], None]]:
+    """A call of one tower each, to be made inside `on_triton`."""
+    for dtype in DTYPES:
+        models = {name: _model(name, dtype) for name in dict.fromkeys(model for _, model, *_ in groups.towers())}
+        for tower, name, batch, captions in groups.towers():
+            model = models[name]
+            if tower == "image":
+                yield lambda model=model, batch=batch: _encode_images(model, batch)
+            else:
+                text = captions.ids(ARCHITECTURES[name], batch, seed=1).int()
+                yield lambda model=model, text=text: model.encode_text(text)
+
+
+def _model(name: str, dtype: torch.dtype) -> nn.Module:
+    model = CLIP(**ARCHITECTURES[name] | {"vision_layers": 2, "transformer_layers": 2}).eval()
+    convert_weights(model, dtype)
+    model.cuda_graphs = False
+    return model
+
+
+def _encode_images(model: nn.Module, batch: int) -> None:
+    side = model.visual.input_resolution
+    # never filled, so the tower itself: encode_image would look for NaN on a CPU
+    model.visual(torch.empty(batch, 3, side, side, dtype=model.dtype))
