@@ -91,14 +91,14 @@ def collect(cases: Iterable[Callable[[], None]], architectures: Sequence[int]) -
             found.setdefault(launch)
         return True  # handled: Triton neither compiles nor launches
 
-    knobs.runtime.jit_cache_hook = keep
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, keep
     try:
         for architecture, case in itertools.product(architectures, cases):
             triton.runtime.driver.set_active(Driver(architecture))
             with tuning.assume(architecture):
                 case()
     finally:
-        knobs.runtime.jit_cache_hook = None
+        knobs.runtime.jit_cache_hook = before
     return list(found)
 
 

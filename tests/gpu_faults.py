@@ -62,7 +62,7 @@ def main(folder: Path, number: int) -> int:
     def function(name: str) -> stages.Function:
         return real(name) if name == stages.FIRST else faulty(fault_of(name, number), folder)
 
-    every = [stage._replace(seconds=SHARE, processes=1, restarts=False) for stage in stages.STAGES.values()]
+    every = [stage._replace(seconds=SHARE, processes=1, restarts=False, least=0.3) for stage in stages.STAGES.values()]
     every[0] = every[0]._replace(seconds=30)
     options = command.parse(["--dry-run", "--out", str(folder), "--minutes", "2"])
     with (

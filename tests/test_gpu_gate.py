@@ -86,6 +86,8 @@ try:
 except gate.Condemned as why:
     print(why)
 assert len(seen) == 1
+# looking what a call would launch lifts no ban
+assert gate.launches_of(call(), META)[0].id == bad.id and knobs.runtime.jit_cache_hook is hook
 """
     assert compiled(script) == "_linear_persistent_kernel: row 3 is wrong\n"
 

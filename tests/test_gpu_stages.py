@@ -13,6 +13,9 @@ import pytest
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import stages, supervisor
+from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.run import State
+from clipfast.bench.budget import Budget
 from tests import gpu_faults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,3 +239,12 @@ def test_the_plan_fits_its_time(name):
     assert all(estimates[stage.name] <= stage.seconds for stage in chosen)
     planned = sum(seconds for stage, seconds in estimates.items() if stage != "compiled-l14")
     assert planned <= 60 * command.MINUTES[name] - supervisor.RESERVE
+
+
+def test_a_stage_is_not_begun_for_too_little_time(capsys):
+    evidence = Evidence(State(dry=True), None)
+    late = stages.STAGES["compiled-l14"]
+    supervisor.Supervisor(evidence, Budget(30)).run([late])
+    assert evidence.stages[0]["outcome"] == "not run: out of time: 24 s are left, and it wants 75 at least"
+    assert not supervisor.broken(evidence.stages[0]["outcome"])
+    assert "at most" not in capsys.readouterr().out

@@ -126,10 +126,10 @@ def print_plan(stages: Iterable[Stage], seconds: float) -> None:
         parts = forecast(stage)
         estimate = sum(each for _, each in parts)
         at_most = max(0.0, min(stage.seconds, seconds - start))
-        share = f"{at_most:.0f}" if at_most else "out of time"
+        share = f"{at_most:.0f}" if at_most >= stage.least else "out of time"
         lines.append((stage.name, "", f"{estimate:.0f}", share, f"{start:.0f}"))
         lines += [("", what, f"{each:.0f}", "", "") for what, each in parts if len(parts) > 1]
-        start += min(estimate, at_most)
+        start += min(estimate, at_most) if at_most >= stage.least else 0.0
     header = ("stage", "", "estimate, s", "at most", "begins at")
     notes = [
         f"{seconds - start:.0f} of {seconds:.0f} s are left by this estimate (arithmetic, from the first H100 run)"

@@ -36,6 +36,7 @@ class Stage(NamedTuple):
     function: str = "stage"
     processes: int = 1
     restarts: bool = False  # goes on without the check that ended its process
+    least: float = 2.0  # seconds that are worth a start
 
 
 FIRST = "environment"
@@ -45,14 +46,14 @@ _ALL = (
     Stage("ceilings", 15, "stages", "ceilings"),
     Stage("gate", 40, "correctness", "gate", processes=CHECKERS, restarts=True),
     Stage("towers", 105, "towers"),
-    Stage("compiled-image", 110, "towers", "compiled_image"),
-    Stage("compiled-text", 110, "towers", "compiled_text"),
+    Stage("compiled-image", 110, "towers", "compiled_image", least=50),
+    Stage("compiled-text", 110, "towers", "compiled_text", least=50),
     Stage("correctness", 75, "correctness", processes=CHECKERS, restarts=True),
     Stage("memcheck", 35, "sanitizer"),
-    Stage("operators", 35, "operators"),
-    Stage("train", 60, "towers", "train"),
-    Stage("tune", 45, "tune"),
-    Stage("compiled-l14", 150, "towers", "compiled_l14"),
+    Stage("operators", 35, "operators", least=10),
+    Stage("train", 60, "towers", "train", least=20),
+    Stage("tune", 45, "tune", least=15),
+    Stage("compiled-l14", 150, "towers", "compiled_l14", least=75),
     Stage("tests", 240, "suite"),
 )
 STAGES = {stage.name: stage for stage in _ALL}

@@ -61,6 +61,8 @@ def execute(options: argparse.Namespace, used: Sequence[str] = ()) -> int:
     if options.dry_run:
         print(DRY)
         report.print_plan(stages, 60 * options.minutes)
+    for line in used:
+        supervisor.say("start", line)
     interrupted, previous = False, signal.signal(signal.SIGTERM, _interrupt)
     try:
         supervisor.run(stages)
@@ -107,8 +109,10 @@ class Supervisor:
     def run_stage(self, stage: Stage) -> Outcome:
         budget = self.inner.part(stage.seconds)
         at_most, start = budget.left(), time.monotonic()
-        if not budget.allows(2 * MARGIN):
-            outcome = Outcome("not run", "out of time")
+        if not budget.allows(stage.least):
+            outcome = Outcome(
+                "not run", f"out of time: {at_most:.0f} s are left, and it wants {stage.least:.0f} at least"
+            )
         else:
             self.say(stage.name, f"at most {at_most:.0f} s")
             outcome = self._watch(stage, budget)
