@@ -76,7 +76,7 @@ def _measure(run: Run, groups: Sequence[Group], budget: Budget) -> None:
                 run.note(f"{group.title()} failed: {harness.reason(error)}")
                 problems.lost(run.device)
             else:
-                run.say(f"{group.title()}: ran" if run.dry else line(group, rows))
+                run.say(line(group, rows, dry=run.dry))
             for what in instead():
                 run.note(f"{group.title()}: {what}")
             _free(run.device)
@@ -252,10 +252,13 @@ def _works(group: Group, architecture: dict, text: Tensor) -> list[roofline.Work
     return []  # the least work of a train step is not counted
 
 
-def line(group: Group, rows: Mapping[str, Row]) -> str:
-    """A group in one line: of a long run only the end of the output may come back."""
+def line(group: Group, rows: Mapping[str, Row], *, dry: bool = False) -> str:
+    """A group in one line: of a long run only the end of the output may come back.   dry: without figures."""
     parts = []
     for name, row in rows.items():
+        if dry:
+            parts.append(f"{name} {row['status']}")
+            continue
         if "median_s" not in row:
             parts += [] if row["status"] == "missing" else [f"{name} {row['status']}"]
             continue
