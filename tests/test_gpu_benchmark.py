@@ -76,7 +76,10 @@ def test_without_a_gpu_it_says_so(capsys):
     assert "no GPU" in text and torch.__version__ in text and "--dry-run" in text
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["--only", "tower"], "tower"), (["--minutes", "0"], "above 0")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--only", "tower"], "tower"), (["--minutes", "0"], "at least 0.5"), (["--minutes", "nan"], "at least 0.5")],
+)
 def test_bad_options_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
         command.main(arguments)

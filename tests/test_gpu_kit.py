@@ -41,7 +41,10 @@ def use(tmp_path, checkout, monkeypatch):
     folder.mkdir()
 
     def run(left_out=(), **parts):
-        named = {name.replace("_so", ".so"): part for name, part in parts.items()}
+        named = {}
+        for name, part in ((name.replace("_so", ".so"), part) for name, part in parts.items()):
+            files = part.get("files", [name])
+            named[name] = {"files": files, "packed": kit.packed(folder, files), **part}
         (folder / kit.MANIFEST).write_text(json.dumps({"parts": named, "left_out": dict(left_out)}))
         used = kit.use(folder, tmp_path / "build" / "site", root=checkout)
         return used.environment, {line.split(": ")[1]: line.split(": ", 2)[2] for line in used.lines}
@@ -161,6 +164,16 @@ def test_a_library_of_other_sources_or_that_does_not_load_is_not(use, checkout):
     assert "another csrc/" in use(libclipfast_cpu_so={"sources": before})[1][name]
     assert not kit.use(use.folder, checkout / "site", root=checkout).built
     assert not place.exists()
+
+
+def test_what_is_not_as_it_was_packed_is_not_used(use, checkout):
+    """Loading a library that was cut short would end the process."""
+    name, content = "libclipfast.so", Path(_ctypes.__file__).read_bytes()
+    (use.folder / name).write_bytes(content)
+    part = {"sources": kit.csrc_digest(checkout), "packed": kit.packed(use.folder, [name])}
+    (use.folder / name).write_bytes(content[: len(content) // 2])
+    assert use(libclipfast_so=part)[1][name].startswith("not used: damaged")
+    assert not (checkout / "clipfast" / "kernels" / name).exists()
 
 
 # ---- Triton's cache ----
@@ -285,7 +298,7 @@ def test_a_kit_says_what_is_in_it(parts, tmp_path, capsys):
     assert kit.main(["--out", str(out)]) == 0
     manifest = json.loads((out / kit.MANIFEST).read_text())
     small = {"files": ["folder", "b"], "bytes": 1024, "purpose": "small things", "sources": "abc"}
-    assert manifest["parts"] == {"small": small}
+    assert manifest["parts"] == {"small": {**small, "packed": kit.packed(out, small["files"])}}
     assert manifest["left_out"] == {"half": "no tool for it", "libclipfast.so": "nvcc not found"}
     text = capsys.readouterr().out
     assert "small things" in text and "left out: libclipfast.so: nvcc not found" in text and "of at most 55" in text

@@ -254,7 +254,7 @@ def test_without_pytest_it_says_so(monkeypatch):
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
     run = Run(dry=False)
     suite.stage(run, Budget(5))
-    assert run.notes == ["no test was run: pytest and hypothesis not here"]
+    assert run.failures == ["no test was run: pytest and hypothesis not here"]
 
 
 def test_a_half_written_file_is_read(tmp_path):

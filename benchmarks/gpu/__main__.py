@@ -14,10 +14,12 @@ The columns are explained in benchmarks/gpu/run.py.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 # stages.py has what they do. ViT-L/14 compiled takes what is left
 START = ("environment", "build", "ceilings")
 _HEADLINE = ("gate", "towers", "compiled-image", "compiled-text")
@@ -28,6 +30,7 @@ PLANS = {
     "rest": (*START, *_REST),
     "all": (*START, *_HEADLINE, *_REST, _LAST),
 }
+LEAST_MINUTES = 0.5
 MINUTES = {"headline": 5.5, "rest": 4.0, "all": 9.0}
 STAGES = (*START, *_HEADLINE, *_REST, _LAST, "tests")
 # what is no stage, and is started by one
@@ -42,14 +45,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=(*STAGES, TARGET), help="one stage, and what it cannot do without")
     parser.add_argument("--from", dest="start", choices=STAGES, metavar="STAGE", help="this stage of the plan and on")
     parser.add_argument("--built", action="store_true", help="csrc is built already: take the library that is there")
-    parser.add_argument("--kit", type=Path, default=Path(".gpu-kit"), help="folder of `make gpu-kit` (%(default)s)")
+    parser.add_argument("--kit", type=Path, default=ROOT / ".gpu-kit", help="what `make gpu-kit` made (here: .gpu-kit)")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: does every stage run?")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.minutes is None:
         options.minutes = MINUTES[options.plan]
-    if options.minutes <= 0:
-        parser.error("--minutes must be above 0")
+    if not options.minutes >= LEAST_MINUTES:  # NaN is not
+        parser.error(f"--minutes must be at least {LEAST_MINUTES}: the machine is looked at, and its tables printed")
     if options.only and options.start:
         parser.error("--only names one stage, --from the first of several: give one of the two")
     if options.start and options.start not in PLANS[options.plan]:
@@ -70,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks.gpu import sanitizer
 
         return sanitizer.main(dry=options.dry_run)
+    if importlib.util.find_spec("torch") is None:
+        print(f"{sys.executable} has no PyTorch: make gpu PYTHON=/path/to/one that has", file=sys.stderr)
+        return 2
     from benchmarks.gpu import kit
 
     # before PyTorch and Triton are imported
@@ -81,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return supervisor.execute(options, used.lines)
-    except ValueError as error:
-        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"benchmarks.gpu: results cannot be written: {error}", file=sys.stderr)
         return 1
 
 

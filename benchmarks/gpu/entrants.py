@@ -44,7 +44,9 @@ def _images(model: str, batch: int, device: torch.device) -> Tensor:
 class Field:
     """Everybody's model of the same weights in one dtype: made when it is first asked for, kept from batch to batch."""
 
-    def __init__(self, run: Run, model: str, dtype: torch.dtype):
+    def __init__(self, run: Run, model: str, dtype: torch.dtype, instead: Callable[[], list[str]] = lambda: []):
+        """instead: says which operators of ours went to PyTorch since it was last asked (`gate.fall_back`)."""
+        self.instead = instead
         self.run, self.model, self.architecture = run, model, _architecture(model)
         self.spec = peers.Spec(_weights(model, run.device), self.architecture, dtype, run.device)
         self._made: dict[str, peers.Prepare] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +22,11 @@ class Evidence:
     """Of one invocation. Events of its stages are taken, and the state of the next one follows from them."""
 
     def __init__(self, state: State, folder: Path | None):
-        """folder: of the files; None: nothing is kept."""
-        self.state, self.folder = state, folder
+        """folder: of the files, made if it is not there; None: nothing is kept.
+
+        Raises: OSError if nothing can be written there.
+        """
+        self.state, self.folder = state, folder and folder.resolve()
         self.rows: list[Row] = []
         self.failures: list[str] = []  # what computes the wrong thing, in words
         self.notes: list[str] = []
@@ -31,6 +35,10 @@ class Evidence:
         self.proved = 0  # checks, in this run
         self.path: Path | None = None  # of the CSV
         self._file: IO[str] | None = None
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
 
     def take(self, stage: str, kind: str, value: Any) -> None:
         """An event of a stage (run.py says which there are)."""
@@ -68,7 +76,6 @@ class Evidence:
         if self.folder is None:
             self._file = io.StringIO()
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.path = free_name(self.folder, f"{slug(self.state.facts['gpu'])}-{self.state.facts['date']}")
             self.state.logs = str(self.path.with_suffix(""))
             self._file = self.path.open("w", newline="")

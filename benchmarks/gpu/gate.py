@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.run import ROOT, Run
-from clipfast import tuning
+from clipfast import dispatch, tuning
 from clipfast.kernels import library
 
 # what a check's verdict depends on besides its launches
@@ -129,13 +129,18 @@ def fall_back(run: Run) -> Callable[[], list[str]]:
     """
     said: dict[str, None] = {}
     if run.wrong and can_see():
-        from clipfast.kernels import eager, fused
+        from clipfast.kernels import eager, eager_gradients, fused, fused_gradients
 
         forbid(run.wrong)
-        for operator, ours in [*fused.TRITON.items()]:
-            theirs = getattr(eager, operator, None)
-            if theirs is not None:
-                fused.TRITON[operator] = _instead(operator, ours, theirs, said)
+        plain = {name: getattr(eager, name) for name in dispatch.OPERATORS}
+        for table, others in (
+            (fused.TRITON, plain),
+            # a kernel of the backward is launched later, and fails there
+            (fused_gradients.OPERATORS, plain | eager_gradients.OPERATORS),
+        ):
+            for operator, ours in [*table.items()]:
+                if operator in others:
+                    table[operator] = _instead(operator, ours, others[operator], said)
 
     def new() -> list[str]:
         found = list(said)

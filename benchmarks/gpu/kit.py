@@ -53,6 +53,13 @@ def digest(paths: Iterable[Path], root: Path) -> str:
     return found.hexdigest()
 
 
+def packed(folder: Path, names: Iterable[str]) -> str:
+    """Of the files and folders of a part."""
+    places = [folder / name for name in names]
+    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file()]
+    return digest(files, folder)
+
+
 def csrc(root: Path) -> list[Path]:
     return [root / "CMakeLists.txt", *(path for path in (root / "csrc").rglob("*") if path.is_file())]
 
@@ -95,6 +102,8 @@ def use(folder: Path, site: Path, *, root: Path = ROOT) -> Used:
         try:
             if name not in parts:
                 text = f"not in the kit ({left_out.get(name, 'not made')})"
+            elif parts[name]["packed"] != packed(folder, parts[name]["files"]):
+                text = "not used: damaged, its files are not those that were packed"
             elif name == "wheels":
                 text = _use_wheels(parts[name], folder, site.absolute(), used)
             elif name == "triton":
@@ -239,7 +248,8 @@ def make(out: Path, python: str | None, *, root: Path = ROOT) -> int:
         except kit_parts.LeftOut as why:
             manifest["left_out"][name] = str(why)
             continue
-        manifest["parts"][name] = {**made, "bytes": sum(size(fresh / file) for file in made["files"])}
+        of_files = {"bytes": sum(size(fresh / file) for file in made["files"]), "packed": packed(fresh, made["files"])}
+        manifest["parts"][name] = {**made, **of_files}
     (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     total = size(fresh)
     print(f"{out}:", *table(manifest, total), sep="\n")

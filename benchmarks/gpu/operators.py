@@ -72,6 +72,8 @@ def measure(run: Run, problem: Problem, people: list[Contestant], budget: Budget
         seconds, failed = timing.time_interleaved(prepared, 1 if run.dry else ROUNDS, run.device, budget.left)
     for name, why in failed.items():
         rows[name] |= {"status": "failed", "note": why}
+        # the first only: with the GPU lost all others fail after it
+        make.lost(run.device)
     for name, values in seconds.items():
         summary = harness.times(values)
         rows[name] |= {
@@ -137,6 +139,7 @@ def _prepared(
             prepared[each.name] = timing.prepare([each.prepare(case) for case in cases], repeats, run.device)
         except Exception as error:
             rows[each.name] |= {"status": "failed", "note": harness.reason(error)}
+            make.lost(run.device)
     return prepared
 
 

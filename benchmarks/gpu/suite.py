@@ -78,7 +78,7 @@ def stage(run: Run, budget: Budget, paths: Sequence[str] = ("tests",)) -> None:
     """Runs them, and says of each one that failed its name, of each reason to skip how often it was given."""
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing:
-        run.note(f"no test was run: {' and '.join(missing)} not here")
+        run.fail(f"no test was run: {' and '.join(missing)} not here")
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcomes"

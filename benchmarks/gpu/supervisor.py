@@ -60,7 +60,7 @@ def execute(options: argparse.Namespace, used: Sequence[str] = ()) -> int:
     supervisor = Supervisor(evidence, budget)
     if options.dry_run:
         print(DRY)
-        report.print_plan(stages, 60 * options.minutes)
+        report.print_plan(stages, supervisor.inner.left())
     for line in used:
         supervisor.say("start", line)
     interrupted, previous = False, signal.signal(signal.SIGTERM, _interrupt)
@@ -75,7 +75,7 @@ def execute(options: argparse.Namespace, used: Sequence[str] = ()) -> int:
     if supervisor.no_gpu:
         return NO_GPU
     report.print_report(evidence)
-    stopped = interrupted or any(broken(each["outcome"]) for each in evidence.stages)
+    stopped = interrupted or not evidence.state.facts or any(broken(each["outcome"]) for each in evidence.stages)
     return WRONG if evidence.failures or stopped else 0
 
 
@@ -98,7 +98,7 @@ class Supervisor:
     def run(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
             outcome = self.run_stage(stage)
-            if stage.name == FIRST and outcome.kind != "done":
+            if stage.name == FIRST and outcome.kind not in ("done", "not run"):
                 # it may be that CUDA starts in no fork of this process
                 self.evidence.stages.pop()
                 self.fresh = True
@@ -115,7 +115,11 @@ class Supervisor:
             )
         else:
             self.say(stage.name, f"at most {at_most:.0f} s")
-            outcome = self._watch(stage, budget)
+            try:
+                outcome = self._watch(stage, budget)
+            except KeyboardInterrupt:
+                self.evidence.ended(stage.name, "interrupted", time.monotonic() - start, at_most)
+                raise
         if outcome.kind != "done":
             self.say(stage.name, str(outcome))
         self.evidence.ended(stage.name, str(outcome), time.monotonic() - start, at_most)

@@ -70,15 +70,13 @@ def _measure(run: Run, groups: Sequence[Group], budget: Budget) -> None:
             planned += expected
             run.doing(group.title())
             try:
-                field = field or Field(run, model, dtype)
+                field = field or Field(run, model, dtype, instead)
                 rows = compare(run, group, field, budget)
             except Exception as error:
                 run.note(f"{group.title()} failed: {harness.reason(error)}")
                 problems.lost(run.device)
             else:
                 run.say(line(group, rows, dry=run.dry))
-            for what in instead():
-                run.note(f"{group.title()}: {what}")
             _free(run.device)
         field = None
         _free(run.device)
@@ -113,6 +111,10 @@ def compare(run: Run, group: Group, field: Field, budget: Budget) -> dict[str, R
                 row |= rates(run, works, group.dtype_name, row["median_s"])
         ratios(rows, EAGER if EAGER in accepted else peers.TRANSFORMERS[group.tower], OURS)
     finally:
+        for what in field.instead():
+            run.note(f"{group.title()}: {what}")
+            for name in [name for name in rows if name.startswith(OURS)]:
+                rows[name]["note"] = "; ".join(filter(None, [rows[name].get("note"), what]))
         shared = {"operator": group.operator, "model": group.model, "batch": group.batch, "captions": group.about}
         for name, row in rows.items():
             if row["status"] == "ok" and "median_s" not in row:

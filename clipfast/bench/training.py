@@ -116,7 +116,10 @@ def _ours(spec: Spec) -> Trainer:
 
 
 def _openai(spec: Spec) -> Trainer:
-    loss = peers.module("open_clip", "open_clip_torch").ClipLoss()
+    try:
+        loss = peers.module("open_clip", "open_clip_torch").ClipLoss()
+    except Missing as error:
+        raise Missing(f"{error}, and its loss is open_clip's") from error
     model = openai.model(spec._replace(dtype=torch.float32))
     return _trainer(model, _openai_forward(model), loss, spec)
 
