@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.evidence import Evidence
-from benchmarks.gpu.run import Run, State, facts
+from benchmarks.gpu.machine import facts
+from benchmarks.gpu.run import Run, State
 from clipfast.bench.budget import Budget
 
 CPU = torch.device("cpu")
@@ -31,11 +32,11 @@ def new_run(
 ) -> TestedRun:
     """folder: of the files; None: none are written."""
     evidence = Evidence(State(dry=dry), folder)
-    evidence.take(stage, "facts", facts(CPU))
+    evidence.record(stage, "facts", facts(CPU))
 
     def emit(kind: str, value: Any) -> None:
         if kind != "doing":  # that is for whoever watches the process
-            evidence.take(stage, kind, value)
+            evidence.record(stage, kind, value)
 
     made = TestedRun(stage, evidence.state, CPU, emit)
     made.evidence, made.budget = evidence, Budget(seconds, clock) if clock else Budget(seconds)

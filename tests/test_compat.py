@@ -24,9 +24,9 @@ ELSEWHERE = {
     # Triton's, and the only file that touches its interpreter
     *(("clipfast/kernels/interpreter.py", name) for name in ("_get_np_dtype", "_patch_attr")),
     # the standard library's: a process that a GPU holds ends by no other way
-    ("benchmarks/gpu/stages.py", "_exit"),
+    ("benchmarks/gpu/process.py", "_exit"),
     # and one whose CUDA context is lost can run no further test
-    ("benchmarks/gpu/outcomes.py", "_exit"),
+    ("benchmarks/gpu/pytest_outcomes.py", "_exit"),
     # set on an object of ours, and a plain attribute of a state dict
     ("clipfast/checkpoints/__init__.py", "_metadata"),
     ("clipfast/checkpoints/layouts.py", "_metadata"),

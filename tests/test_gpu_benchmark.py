@@ -12,9 +12,20 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import contestants, correctness, gate, operators, problems, report, run, stages, timing, tune
-from benchmarks.gpu.contestants import EAGER, OPENAI, OURS, Contestant
+from benchmarks.gpu import (
+    correctness,
+    launch_ids,
+    operator_contestants,
+    operators,
+    problems,
+    report,
+    run,
+    stages,
+    timing,
+    tune,
+)
 from benchmarks.gpu.jobs import Job
+from benchmarks.gpu.operator_contestants import EAGER, OPENAI, OURS, Contestant
 from clipfast import dispatch, tuning
 from clipfast.bench import environment
 from clipfast.bench.budget import Budget
@@ -172,7 +183,7 @@ def test_a_wrong_operator_is_reported_and_not_timed(change, tmp_path, capsys):
         return call
 
     made = new_run(tmp_path, stage="operators")
-    people = [Contestant(OURS, prepare), Contestant(EAGER, contestants._eager)]
+    people = [Contestant(OURS, prepare), Contestant(EAGER, operator_contestants._eager)]
     rows = operators.measure(made, linear_problem(), people, made.budget)
     assert rows[OURS]["status"] == "WRONG" and rows[OURS]["note"] and "median_s" not in rows[OURS]
     assert len(calls) == 1  # the check
@@ -207,10 +218,10 @@ def test_samples_are_the_rows_they_stand_for(operator):
 
 def test_a_condemned_launch_is_not_timed_and_everybody_else_is(tmp_path):
     def prepare(case):
-        raise gate.Condemned("_linear_fwd_kernel: row 3 is wrong")
+        raise launch_ids.Condemned("_linear_fwd_kernel: row 3 is wrong")
 
     made = new_run(tmp_path, stage="operators")
-    people = [Contestant(OURS, prepare), *contestants.of("linear")[1:]]
+    people = [Contestant(OURS, prepare), *operator_contestants.of("linear")[1:]]
     rows = operators.measure(made, linear_problem(), people, made.budget)
     assert rows[OURS] == {"status": "WRONG", "note": "not timed: _linear_fwd_kernel: row 3 is wrong"}
     assert rows[EAGER]["status"] == "ok" and rows["product alone"]["status"] == "part"
@@ -218,9 +229,9 @@ def test_a_condemned_launch_is_not_timed_and_everybody_else_is(tmp_path):
 
 
 def test_what_an_operator_launches_is_blamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(gate, "launches_of", lambda call, device: [gate.Launch("abc", "linear w4")])
+    monkeypatch.setattr(launch_ids, "launches_of", lambda call, device: [launch_ids.Launch("abc", "linear w4")])
     made = new_run(tmp_path, stage="operators")
-    people = [Contestant(OURS, lambda case: lambda: case.peer()[0] + 1), Contestant(EAGER, contestants._eager)]
+    people = [Contestant(OURS, lambda case: lambda: case.peer()[0] + 1), Contestant(EAGER, operator_contestants._eager)]
     operators.measure(made, linear_problem(), people, made.budget)
     assert [*made.evidence.state.wrong] == ["abc"]
 
@@ -233,8 +244,8 @@ def test_checks_share_their_work_and_leave_out_what_is_known(monkeypatch):
 
         return correctness.Check(name, "linear", dtype, lambda: correctness.Work(lambda: launches, judge))
 
-    made_of = lambda call, device: [gate.Launch(each, each) for each in call()]  # noqa: E731
-    monkeypatch.setattr(gate, "launches_of", made_of)
+    made_of = lambda call, device: [launch_ids.Launch(each, each) for each in call()]  # noqa: E731
+    monkeypatch.setattr(launch_ids, "launches_of", made_of)
     found = [check("a", launches="x"), check("b", "row 3 is wrong", "xy"), check("c", launches="y"), check("d")]
     made = new_run(stage="correctness")
     correctness.run_checks(made, iter(found), made.budget)

@@ -82,7 +82,7 @@ def test_both_tools_run_one_after_the_other(tool):
     sanitizer.stage(run, Budget(60))
     assert run.notes == ["memcheck: no error in 2 launches", "racecheck: no error in 2 launches"]
     assert [line.split()[1] for line in asked.read_text().splitlines()] == ["memcheck", "racecheck"]
-    assert "--only sanitize-target" in asked.read_text()
+    assert "-m benchmarks.gpu.sanitizer" in asked.read_text()
 
 
 def test_errors_are_failures(tool):

@@ -85,7 +85,7 @@ import os, sys, time
 from pathlib import Path
 from unittest import mock
 import torch
-from benchmarks.gpu import __main__ as command, correctness, gate, run, stages, supervisor
+from benchmarks.gpu import __main__ as command, correctness, launch_ids, run, stages, supervisor
 from clipfast.bench.budget import Budget
 
 def breaks(): raise AssertionError("row 3 is wrong")
@@ -102,7 +102,7 @@ def checks(device, dry=False):
         work = correctness.Work(bad, lambda result: None)
         yield correctness.Check(f"check {i}", "linear", torch.float16, lambda work=work, i=i: work, more=f"source {i}")
 
-gate.launches_of = lambda call, device: [gate.Launch(f"launch {call.__name__}", "linear w4")]
+launch_ids.launches_of = lambda call, device: [launch_ids.Launch(f"launch {call.__name__}", "linear w4")]
 correctness.checks = checks
 supervisor.device_of = lambda state: torch.device("cuda", 0) if state.facts else torch.device("cpu")
 every = [stages.STAGES["environment"], stages.STAGES["correctness"]._replace(processes=2)]
@@ -210,7 +210,7 @@ def plan(*arguments: str) -> list[str]:
 
 
 def test_plans():
-    assert tuple(stages.STAGES) == command.STAGES
+    assert tuple(stages.STAGES) == tuple(command.STAGES)
     start = ["environment", "build", "ceilings"]
     assert plan()[:5] == [*start, "gate", "towers"]
     assert plan("rest")[3:5] == ["correctness", "memcheck"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import outcomes, suite
+from benchmarks.gpu import pytest_outcomes, suite
 from clipfast import tuning
 from clipfast.bench.budget import Budget
 
@@ -260,6 +260,6 @@ def test_without_pytest_it_says_so(monkeypatch):
 def test_a_half_written_file_is_read(tmp_path):
     path = tmp_path / "outcomes"
     assert suite.read(path) == suite.Outcomes(0, {}, {})
-    writer = outcomes._Writer(path)
+    writer = pytest_outcomes._Writer(path)
     writer.pytest_runtest_logstart("a::b")
     assert suite.read(path).having("running") == {"a::b": ""}

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.gpu import entrants, groups, problems, towers
+from benchmarks.gpu import groups, machine, tower_contestants, towers
 from benchmarks.gpu.groups import B32, BFLOAT16, FLOAT16, L14, SHORT, WHOLE, Group
 from benchmarks.gpu.run import COLUMNS, Run
 from clipfast.bench import peers, training, workload
@@ -56,7 +56,7 @@ def field(monkeypatch):
 
     def use(**builders):
         builders = {OURS: named(OURS), **builders}
-        monkeypatch.setattr(entrants, "builders", lambda run, group: builders)
+        monkeypatch.setattr(tower_contestants, "builders", lambda run, group: builders)
 
     return use
 
@@ -135,9 +135,9 @@ def test_who_is_compiled_on_a_gpu(monkeypatch):
     gpu = SimpleNamespace(device=torch.device("cuda"), dry=False)
     group = towers.COMPILED["compiled-text"][0]
     monkeypatch.setattr(peers, "module", lambda *names: None)
-    names = list(entrants.builders(gpu, group))
+    names = list(tower_contestants.builders(gpu, group))
     assert names == [OURS, OPENAI, "openai-clip torch.compile", "openai-clip TensorRT"]
-    names = list(entrants.builders(gpu, group._replace(compiled=False)))
+    names = list(tower_contestants.builders(gpu, group._replace(compiled=False)))
     assert {OURS, OPENAI, "open_clip", "transformers", "transformers flash-attn"} <= set(names)
     assert not any("compile" in name or "prepacked" in name for name in names)
 
@@ -145,18 +145,18 @@ def test_who_is_compiled_on_a_gpu(monkeypatch):
         raise peers.Missing("openai-clip is not installed")
 
     monkeypatch.setattr(peers, "module", module)
-    assert list(entrants.builders(gpu, group)) == [OURS, OPENAI, "transformers", "transformers torch.compile"]
+    assert list(tower_contestants.builders(gpu, group)) == [OURS, OPENAI, "transformers", "transformers torch.compile"]
 
 
 def test_transformers_is_compiled_for_one_way_of_padding(monkeypatch):
     monkeypatch.setattr(
-        entrants.huggingface,
+        tower_contestants.huggingface,
         "build",
         lambda spec, suffix, compiled: (
             lambda tower, batch: {f"transformers, {how}{suffix}": compiled for how in ("pad 77", "pad longest")}
         ),
     )
-    calls = entrants._transformers_compiled(None)("text", None)
+    calls = tower_contestants._transformers_compiled(None)("text", None)
     assert calls == {"transformers, pad longest torch.compile": {"mode": "max-autotune"}}
 
 
@@ -183,7 +183,7 @@ def test_weights_and_models_are_made_once(field, monkeypatch):
         return named("peer")(spec)
 
     monkeypatch.setattr(workload, "random_weights", lambda sizes: drawn.append(1) or weights(sizes))
-    entrants._weights.cache_clear()
+    tower_contestants._weights.cache_clear()
     field(peer=build)
     made = new_run()
     half = [group._replace(dtype=BFLOAT16) for group in (IMAGE, TEXT)]
@@ -206,8 +206,8 @@ def test_models_are_made_on_their_device(name, monkeypatch):
         return load(self, {name: tensor.to("meta") for name, tensor in weights.items()}, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", seen)
-    weights = workload.random_weights(entrants.TINY)
-    peers.known()[name].build(peers.Spec(weights, entrants.TINY, BFLOAT16, torch.device("meta")))
+    weights = workload.random_weights(groups.TINY)
+    peers.known()[name].build(peers.Spec(weights, groups.TINY, BFLOAT16, torch.device("meta")))
     assert len(made) == 1
 
 
@@ -243,7 +243,7 @@ def breaks_at(where: str, calls: list):
 @pytest.mark.parametrize("where", ["build", "prepare", "check", "time"])
 def test_a_contestant_that_raises_leaves_the_others_timed(where, field, monkeypatch):
     asked = []
-    monkeypatch.setattr(problems, "lost", asked.append)
+    monkeypatch.setattr(machine, "raise_if_lost", asked.append)
     field(broken=breaks_at(where, []), peer=named("peer"))
     made = new_run()
     towers._measure(made, [IMAGE, TEXT], made.budget)
@@ -264,7 +264,7 @@ def test_a_lost_gpu_ends_the_stage_and_keeps_what_was_measured(where, field, mon
 
     field(broken=breaks_at(where, []), peer=named("peer"))
     made = new_run()
-    monkeypatch.setattr(problems, "lost", lost)
+    monkeypatch.setattr(machine, "raise_if_lost", lost)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         towers._measure(made, [IMAGE, TEXT], made.budget)
     rows = found(made)
@@ -285,7 +285,7 @@ def test_a_group_that_cannot_be_checked_ends_alone(function, field, monkeypatch)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return right(*arguments)
 
-    entrants._weights.cache_clear()
+    tower_contestants._weights.cache_clear()
     monkeypatch.setattr(workload, function, once)
     field()
     made = new_run()
@@ -305,11 +305,11 @@ def test_only_a_lost_gpu_raises_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", broken)
     towers._free(gpu)
-    problems.lost(CPU)
+    machine.raise_if_lost(CPU)
     assert waited == [gpu]
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    problems.lost(CPU)
-    for function in (problems.lost, towers._free):
+    machine.raise_if_lost(CPU)
+    for function in (machine.raise_if_lost, towers._free):
         with pytest.raises(RuntimeError, match="illegal memory access"):
             function(gpu)
 

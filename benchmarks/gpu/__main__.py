@@ -19,30 +19,21 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-# stages.py has what they do. ViT-L/14 compiled takes what is left
-START = ("environment", "build", "ceilings")
-_HEADLINE = ("gate", "towers", "compiled-image", "compiled-text")
-_REST = ("correctness", "memcheck", "operators", "train", "tune")
-_LAST = "compiled-l14"
-PLANS = {
-    "headline": (*START, *_HEADLINE, _LAST),
-    "rest": (*START, *_REST),
-    "all": (*START, *_HEADLINE, *_REST, _LAST),
-}
-LEAST_MINUTES = 0.5
-MINUTES = {"headline": 5.5, "rest": 4.0, "all": 9.0}
-STAGES = (*START, *_HEADLINE, *_REST, _LAST, "tests")
-# what is no stage, and is started by one
-TARGET = "sanitize-target"
+from benchmarks.gpu.plans import LEAST_MINUTES, MINUTES, PLANS, ROOT, STAGES
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__.partition("\n")[0])
+    width = max(map(len, STAGES))
+    parser = argparse.ArgumentParser(
+        prog="python3 -m benchmarks.gpu",
+        description=__doc__.partition("\n")[0],
+        epilog="stages:\n" + "\n".join(f"  {name:<{width}}  {what}" for name, what in STAGES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("plan", nargs="?", choices=PLANS, default="headline", help="default %(default)s")
     parser.add_argument("--out", type=Path, help="folder for results and logs (default: benchmarks/results)")
-    parser.add_argument("--minutes", type=float, help="end within this time (default 5.5, rest 4, all 9)")
-    parser.add_argument("--only", choices=(*STAGES, TARGET), help="one stage, and what it cannot do without")
+    parser.add_argument("--minutes", type=float, help=f"end within this time {MINUTES}".replace("'", ""))
+    parser.add_argument("--only", choices=STAGES, metavar="STAGE", help="one stage, and what it cannot do without")
     parser.add_argument("--from", dest="start", choices=STAGES, metavar="STAGE", help="this stage of the plan and on")
     parser.add_argument("--built", action="store_true", help="csrc is built already: take the library that is there")
     parser.add_argument("--kit", type=Path, default=ROOT / ".gpu-kit", help="what `make gpu-kit` made (here: .gpu-kit)")
@@ -56,7 +47,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.only and options.start:
         parser.error("--only names one stage, --from the first of several: give one of the two")
     if options.start and options.start not in PLANS[options.plan]:
-        parser.error(f"{options.start} is no stage of {options.plan}: {', '.join(PLANS[options.plan])}")
+        having = [name for name, stages in PLANS.items() if options.start in stages]
+        where = f"it is one of {' and '.join(having)}" if having else f"--only {options.start} runs it"
+        parser.error(f"{options.start} is no stage of {options.plan}; {where}")
     return options
 
 
@@ -69,17 +62,13 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks.gpu import process, supervisor
 
         process.serve_fresh(supervisor.body, options.stage)
-    if options.only == TARGET:
-        from benchmarks.gpu import sanitizer
-
-        return sanitizer.main(dry=options.dry_run)
     if importlib.util.find_spec("torch") is None:
         print(f"{sys.executable} has no PyTorch: make gpu PYTHON=/path/to/one that has", file=sys.stderr)
         return 2
     from benchmarks.gpu import kit
 
     # before PyTorch and Triton are imported
-    used = kit.use(options.kit, kit.ROOT / "build" / "site")
+    used = kit.use(options.kit, ROOT / "build" / "site")
     os.environ.update(used.environment)
     sys.path[:0] = used.sites
     options.built = options.built or kit.LIBRARIES[0] in used.built

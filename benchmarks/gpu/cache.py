@@ -1,6 +1,7 @@
 """Triton's cache carried from one machine to another, and how much of it a run hits.
 
-Read in Triton 3.6.0. What is compiled for a launch lies in a folder named by sha256 of these, joined:
+This was read in the source of Triton 3.6.0. What is compiled for a launch lies in a folder named by sha256 of these,
+joined:
 - Triton itself: its version and the contents of libtriton.so, of the compiler, the backends and the language (each
   Python's build has a libtriton.so of its own);
 - the launch: source and first line of the kernel and of all it calls, the types of its arguments, what is known of
@@ -94,7 +95,7 @@ class Hits:
 
 
 def count() -> Hits:
-    """From now on counts what Triton compiles or finds in its cache; nothing before Triton 3.5, or without it."""
+    """From now on counts what Triton compiles or finds in its cache; nothing before Triton 3.5 or without Triton."""
     hits = Hits()
     try:
         from triton import knobs

@@ -2,7 +2,7 @@
 
 Compilers have been caught miscompiling single configurations, so none is left out because another one passed. `gate`
 looks at the launches of the headline first; `stage` at all. What was found right before, by the hash of its launches
-(gate.py), is left out. Several processes share each of the two.
+(launch_ids.py), is left out. Several processes share each of the two.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 
 import clipfast
 from benchmarks.errors import WITH_GRADIENTS, gradients
-from benchmarks.gpu import gate as launches
-from benchmarks.gpu import groups, operators
+from benchmarks.gpu import groups, launch_ids, machine, operators
 from benchmarks.gpu import problems as make
 from benchmarks.gpu.problems import HALVES, Maker, Problem
 from benchmarks.gpu.run import Run
@@ -278,18 +277,11 @@ def _native(m: Maker) -> Iterator[Check]:
         yield Check(problem.title(), "patch_embed", m.dtype, prepare, more=source)
 
 
-TINY = {
-    **ARCHITECTURES["ViT-B/32"],
-    **{"embed_dim": 64, "image_resolution": 64, "vision_layers": 2, "vision_width": 128, "vision_patch_size": 16},
-    **{"vocab_size": 999, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 2},
-}
-
-
 def _graphs(device: torch.device) -> Check:
     """Replayed and launched one by one, the same kernels give the same bits, also for inputs that come later."""
 
     def prepare() -> Work:
-        weights = {name: weight.to(device) for name, weight in workload.random_weights(TINY).items()}
+        weights = {name: weight.to(device) for name, weight in workload.random_weights(groups.TINY).items()}
         with device:
             model = clipfast.build_model(weights)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -298,7 +290,7 @@ def _graphs(device: torch.device) -> Check:
         def launch() -> list[tuple[str, list[Tensor]]]:
             found = []
             for seed, batch in itertools.product(range(3), (1, 3, 8)):
-                data = workload.inputs(TINY, batch, workload.Captions(3, 20), seed)
+                data = workload.inputs(groups.TINY, batch, workload.Captions(3, 20), seed)
                 images, text = data["image"].to(device, dtype), data["text"].to(device)
                 for tower, function in (("image", model.encode_image), ("text", model.encode_text)):
                     outputs = []
@@ -355,7 +347,7 @@ def run_checks(run: Run, found: Iterator[Check], budget: Budget, *, once: bool =
             work = check.prepare()
             needed = _launches(check, work, run.device)
             ids = [each.id for each in needed]
-            key = launches.key(check.name, needed, more=check.more)
+            key = launch_ids.key(check.name, needed, more=check.more)
             if key and key in run.state.proved:
                 known += 1
                 continue
@@ -363,7 +355,7 @@ def run_checks(run: Run, found: Iterator[Check], budget: Budget, *, once: bool =
             count += 1
             work.judge(work.launch())
         except Exception as error:  # a kernel that does not compile is wrong too
-            make.lost(run.device)
+            machine.raise_if_lost(run.device)
             failed += 1
             text = str(error) if isinstance(error, AssertionError) else f"{check.name}: {harness.reason(error)}"
             run.fail(" ".join(text.split())[:400], ids)
@@ -376,13 +368,13 @@ def run_checks(run: Run, found: Iterator[Check], budget: Budget, *, once: bool =
     run.note(f"{part}{count} checks run, {failed} wrong{before}{cut}")
 
 
-def _launches(check: Check, work: Work, device: torch.device) -> list[launches.Launch]:
+def _launches(check: Check, work: Work, device: torch.device) -> list[launch_ids.Launch]:
     # a graph is recorded at the first use of a shape, and cannot be of nothing
-    return [] if check.operator == "graphs" else launches.launches_of(work.launch, device)
+    return [] if check.operator == "graphs" else launch_ids.launches_of(work.launch, device)
 
 
 def _share(run: Run, found: Iterator[Check], *, once: bool) -> Iterator[Check]:
-    """Every so manieth check is this process's. All of them walk through the same checks, and so agree."""
+    """Process i of n takes the checks i, i + n, i + 2n, ... of the same list, so that together they take all."""
     seen: set[str] = set()
     turn = 0
     for check in found:

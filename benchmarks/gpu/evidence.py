@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.gpu.run import COLUMNS, ROOT, State
+from benchmarks.gpu.plans import ROOT
+from benchmarks.gpu.run import COLUMNS, State
 from clipfast.bench.environment import free_name, slug
 from clipfast.bench.harness import Row
 from clipfast.files import write_bytes
@@ -19,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Evidence:
-    """Of one invocation. Events of its stages are taken, and the state of the next one follows from them."""
+    """Of one invocation. Events of its stages are recorded, and the state of the next one follows from them."""
 
     def __init__(self, state: State, folder: Path | None):
         """folder: of the files, made if it is not there; None: nothing is kept.
@@ -40,7 +41,7 @@ class Evidence:
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
 
-    def take(self, stage: str, kind: str, value: Any) -> None:
+    def record(self, stage: str, kind: str, value: Any) -> None:
         """An event of a stage (run.py says which there are)."""
         if kind == "facts":
             self.state.facts = value

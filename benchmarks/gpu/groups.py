@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import workload
 
 SHORT, WHOLE = workload.Captions(8, 24), workload.Captions(77, 77)
@@ -17,6 +18,14 @@ ROUNDS = {1: 41, 32: 21, 256: 15, 1024: 7}
 LEAST_ROUNDS, ROUNDS_SECONDS = 5, 2.0
 # torch.compile records its CUDA graph in the second call and replays it from the third
 COMPILER_WARMUP = 2
+
+
+# of a dry run, and of the check of graphs
+TINY = {
+    **ARCHITECTURES["ViT-B/32"],
+    **{"embed_dim": 64, "image_resolution": 64, "vision_layers": 2, "vision_width": 128, "vision_patch_size": 16},
+    **{"vocab_size": 999, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 2},
+}
 
 
 class Group(NamedTuple):
@@ -119,12 +128,12 @@ ROUND_SECONDS = {
     (L14, "text"): {256: 0.072},
 }
 # for another card, and for text of 77 tokens, which was not timed
-MARGIN = 1.25
+SLACK = 1.25
 # of a group besides its calls: inputs, float64 of its samples, a graph recorded, kernels fetched from Triton's cache
 # (compiled before: a launch that is not there costs a second)
 GROUP_SECONDS = 0.8
 # CUDA begun and libraries imported, PyTorch's apart, which is there in a fork; a guess
-START = 6.0
+STARTING = 6.0
 # drawing a model's weights on one core (3.6 and 5.4 s were measured on an AMD EPYC), and everybody's models on the GPU.
 # _compiled.txt, lines at 109 and 141 s: ViT-L/14's image at 256 took 32 s, 13.5 of them calls; the rest was this, with
 # 6 models by way of the host, and Triton's compilations
@@ -144,7 +153,7 @@ def estimate(group: Group) -> float:
         return TRAIN_SECONDS
     known = ROUND_SECONDS.get((group.model, group.tower), {group.batch: 0.0})
     nearest = max(batch for batch in known if batch <= group.batch)
-    one = MARGIN * known[nearest] * group.batch / nearest
+    one = SLACK * known[nearest] * group.batch / nearest
     rounds = min(group.rounds, max(LEAST_ROUNDS, ROUNDS_SECONDS / one if one else 0))
     calls = 1 + group.warmup + rounds + COMPILER_WARMUP * group.compiled
     compiling = COMPILE_SECONDS.get((group.model, group.batch), 0.0) if group.compiled else 0.0
@@ -162,7 +171,7 @@ def forecast(name: str) -> list[tuple[str, float]]:
     name: "towers", "train" or one of COMPILED, of which all but the first group has what is left.
     """
     stages = {"towers": plan(), "train": [TRAIN], **{stage: groups[:1] for stage, groups in COMPILED.items()}}
-    return [("start", START), *_parts(stages[name])]
+    return [("start", STARTING), *_parts(stages[name])]
 
 
 def _parts(groups: list[Group]) -> Iterator[tuple[str, float]]:

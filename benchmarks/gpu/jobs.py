@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.gpu.run import ROOT
+from benchmarks.gpu.plans import ROOT
 
 
 class Job:

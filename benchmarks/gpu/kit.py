@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu import cache
+from benchmarks.gpu.plans import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "manifest.json"
 LIMIT = 55 << 20
 LIBRARIES = ("libclipfast.so", "libclipfast_cpu.so")

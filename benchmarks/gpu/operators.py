@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu import contestants, gate, timing
+from benchmarks.gpu import launch_ids, machine, operator_contestants, timing
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.contestants import EAGER, OURS, Contestant
-from benchmarks.gpu.gate import Condemned
+from benchmarks.gpu.launch_ids import Condemned
+from benchmarks.gpu.operator_contestants import EAGER, OURS, Contestant
 from benchmarks.gpu.problems import Maker, Problem
 from benchmarks.gpu.run import Run, rates, ratios
 from clipfast import roofline
@@ -73,7 +73,7 @@ def measure(run: Run, problem: Problem, people: list[Contestant], budget: Budget
     for name, why in failed.items():
         rows[name] |= {"status": "failed", "note": why}
         # the first only: with the GPU lost all others fail after it
-        make.lost(run.device)
+        machine.raise_if_lost(run.device)
     for name, values in seconds.items():
         summary = harness.times(values)
         rows[name] |= {
@@ -112,7 +112,7 @@ def _accepted(run: Run, problem: Problem, people: list[Contestant], rows: dict[s
                 run.fail(str(error)[:300], _launches(each, case, run.device))
         except Exception as error:
             rows[each.name] = {"status": "failed", "note": harness.reason(error)}
-            make.lost(run.device)
+            machine.raise_if_lost(run.device)
             if each.name == OURS:
                 run.fail(f"{problem.title()}: {harness.reason(error)}", _launches(each, case, run.device))
         else:
@@ -122,7 +122,7 @@ def _accepted(run: Run, problem: Problem, people: list[Contestant], rows: dict[s
 
 def _launches(each: Contestant, case: Case, device: torch.device) -> list[str]:
     """Ids of what a contestant launches, to blame."""
-    return [launch.id for launch in gate.launches_of(each.prepare(case), device)]
+    return [launch.id for launch in launch_ids.launches_of(each.prepare(case), device)]
 
 
 def _prepared(
@@ -139,7 +139,7 @@ def _prepared(
             prepared[each.name] = timing.prepare([each.prepare(case) for case in cases], repeats, run.device)
         except Exception as error:
             rows[each.name] |= {"status": "failed", "note": harness.reason(error)}
-            make.lost(run.device)
+            machine.raise_if_lost(run.device)
     return prepared
 
 
@@ -158,7 +158,7 @@ def line(problem: Problem, rows: dict[str, Row]) -> str:
 
 def stage(run: Run, budget: Budget) -> None:
     """Everybody at every shape; then torch.compile at the first shapes of the plan, as far as time allows."""
-    gate.forbid(run.wrong)
+    launch_ids.forbid(run.wrong)
     everything = budget.part(budget.left() * (1 - COMPILE_SHARE))
     done: list[Problem] = []
     for problem in plan(run.device, dry=run.dry):
@@ -166,7 +166,7 @@ def stage(run: Run, budget: Budget) -> None:
             run.note(f"out of time before {problem.title()}")
             break
         run.doing(problem.title())
-        rows = measure(run, problem, contestants.of(problem.operator), everything)
+        rows = measure(run, problem, operator_contestants.of(problem.operator), everything)
         run.say(f"operator {problem.operator}: {rows[OURS]['status']}" if run.dry else line(problem, rows))
         done.append(problem)
     if run.dry:
@@ -179,7 +179,7 @@ def stage(run: Run, budget: Budget) -> None:
             run.note(f"out of time before torch.compile of {problem.title()}")
             break
         torch.compiler.reset()
-        contestants.forget_compiled()
+        operator_contestants.forget_compiled()
         run.doing(f"torch.compile of {problem.title()}")
-        rows = measure(run, problem, contestants.of(problem.operator, compiled=True), budget)
+        rows = measure(run, problem, operator_contestants.of(problem.operator, compiled=True), budget)
         run.say(line(problem, rows))

@@ -31,7 +31,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 
 from benchmarks import compilation
-from benchmarks.gpu import cache, headline, kit
+from benchmarks.gpu import cache, kit, tower_launches
 from clipfast import tuning
 
 
@@ -52,19 +52,19 @@ class Driver(compilation.Driver):
         return lambda *_: None
 
 
-def make_launches(cases: Iterable[Callable[[], None]], architecture: int = headline.ARCHITECTURE) -> Driver:
+def make_launches(cases: Iterable[Callable[[], None]], architecture: int = tower_launches.ARCHITECTURE) -> Driver:
     """Makes the calls with a driver that launches nothing; Triton compiles, or finds in its cache, as on a GPU."""
     made = Driver(architecture)
     triton.runtime.driver.set_active(made)
-    with headline.on_triton(), tuning.assume(architecture):
+    with tower_launches.on_triton(), tuning.assume(architecture):
         for case in cases:
             case()
     return made
 
 
 def fill(cases: Iterable[Callable[[], None]], processes: int) -> dict[str, Any]:
-    with headline.on_triton():
-        launches = compilation.collect(cases, [headline.ARCHITECTURE])
+    with tower_launches.on_triton():
+        launches = compilation.collect(cases, [tower_launches.ARCHITECTURE])
     if processes == 1:
         entries = [*map(_compile, launches)]
     else:
@@ -150,14 +150,14 @@ def _libcuda() -> Iterator[None]:
 def main(argv: list[str]) -> int:
     found: dict[str, Any]
     if argv == ["fill"]:
-        found = fill(headline.cases(), os.cpu_count() or 1)
-        made = make_launches(headline.cases())
+        found = fill(tower_launches.cases(), os.cpu_count() or 1)
+        made = make_launches(tower_launches.cases())
         try:
             found |= {"entries": found["entries"] + modules(made.launched, compile=True), "without": ""}
         except (RuntimeError, subprocess.CalledProcessError) as error:
             found["without"] = str(error)
     elif argv == ["ask"]:
-        found, made = ask(headline.cases())
+        found, made = ask(tower_launches.cases())
         try:
             found["modules"] = len(modules(made.launched, compile=False))
         except RuntimeError:

@@ -337,9 +337,3 @@ def check(output: Tensor, case: Case, eager: Tensor | None = None, *, strict: bo
         bound = ROW_GAPS[found.dtype]
         assert gap <= bound, f"{what}: a row is {gap:.2g} of its length away from eager PyTorch's, bound {bound:.2g}"
     return error
-
-
-def lost(device: torch.device) -> None:
-    """After an error: raises it again if every later CUDA call would raise it too, since only a new process helps."""
-    if device.type == "cuda" and torch.cuda.is_initialized():
-        torch.cuda.synchronize(device)

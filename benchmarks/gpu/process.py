@@ -22,12 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.run import ROOT, State
+from benchmarks.gpu.plans import ROOT
+from benchmarks.gpu.run import State
 from clipfast.bench import harness
 
-# a stage that does not end by itself is left so long
+# seconds from the end of a stage's time until it is killed
 GRACE = 5.0
-# and its pipes are read so long after its end
+# seconds in which the pipes of a dead process are still read
 LINGER = 1.0
 # lines of output that are kept, to say what a process last said
 KEPT = 20
@@ -99,7 +100,7 @@ class Process:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                self._become(body, stage, state, seconds, channel, printed, fresh)
+                self._in_child(body, stage, state, seconds, channel, printed, fresh)
             finally:
                 os._exit(1)
         os.close(channel)
@@ -109,7 +110,9 @@ class Process:
             os.set_blocking(pipe, False)
 
     @staticmethod
-    def _become(body: Body, stage: str, state: State, seconds: float, channel: int, printed: int, fresh: bool) -> None:
+    def _in_child(
+        body: Body, stage: str, state: State, seconds: float, channel: int, printed: int, fresh: bool
+    ) -> None:
         os.setsid()
         # an interrupt from the keyboard is for the process outside, which then ends this one
         signal.signal(signal.SIGINT, signal.SIG_DFL)

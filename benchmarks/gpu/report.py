@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.contestants import OPENAI, OURS
 from benchmarks.gpu.evidence import Evidence
+from benchmarks.gpu.operator_contestants import OPENAI, OURS
 from benchmarks.gpu.run import DRY
 from benchmarks.gpu.stages import Stage, forecast
 from clipfast.bench import output
@@ -140,9 +140,7 @@ def print_plan(stages: Iterable[Stage], seconds: float) -> None:
         lines += [("", what, f"{each:.0f}", "", "") for what, each in parts if len(parts) > 1]
         start += min(estimate, at_most) if at_most >= stage.least else 0.0
     header = ("stage", "", "estimate, s", "at most", "begins at")
-    notes = [
-        f"{seconds - start:.0f} of {seconds:.0f} s are left by this estimate (arithmetic, from the first H100 run)"
-    ]
+    notes = [f"{seconds - start:.0f} of {seconds:.0f} s are left by this estimate (arithmetic, from earlier H100 runs)"]
     output.print_table("plan", header, lines, notes, names=2)
 
 

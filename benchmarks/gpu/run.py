@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +11,9 @@ from typing import Any
 import torch
 
 from clipfast import roofline
-from clipfast.bench import environment, harness
-from clipfast.bench.environment import nvidia_smi, output
+from clipfast.bench import harness
 from clipfast.bench.harness import Row, significant
 
-ROOT = Path(__file__).resolve().parents[2]
 DRY = "dry run: no figure below means anything"
 
 # stage: what it was measured in; "ceilings" rows hold what the machine gives at best.
@@ -49,7 +43,7 @@ class State:
     built: bool = False  # csrc is built already, from these sources
     facts: dict[str, Any] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)  # "copy" in bytes/s, dtypes in FLOP/s
-    wrong: dict[str, str] = field(default_factory=dict)  # a launch's id (gate.py) -> what it gets wrong
+    wrong: dict[str, str] = field(default_factory=dict)  # a launch's id (launch_ids.py) -> what it gets wrong
     proved: dict[str, str] = field(default_factory=dict)  # a check's key -> its name, found right now or before
     right: list[str] = field(default_factory=list)  # ids of launches in the checks that passed in this run
     tried: list[str] = field(default_factory=list)  # checks of this stage that are over: not again
@@ -128,49 +122,6 @@ class Run:
         print(text, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine
-
-
-def facts(device: torch.device) -> dict[str, Any]:
-    """What a result depends on besides the code. No host name, no user, no path."""
-    shared = environment.environment()
-    found = {name: shared[name] for name in ("date", "clipfast", "commit", "python", "torch", "cpu")}
-    found |= {
-        "platform": platform.machine(),
-        "triton": _triton(),
-        "cuda": torch.version.cuda or "",
-        "nvcc": nvcc_version(),
-    }
-    found |= {"cudnn": torch.backends.cudnn.version() or "", "cores": os.cpu_count(), "gpu": "none"}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name,
-            "capability": f"sm_{properties.major}{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
-            # as found: nothing here sets a clock or a limit
-            "nvidia_smi": nvidia_smi("driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"),
-        }
-    return found
-
-
-def _triton() -> str:
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return triton.__version__
-
-
-def nvcc_version() -> str:
-    path = on_path("nvcc")
-    found = re.search(r"release [\d.]+, V([\d.]+)", output(path, "--version")) if path else None
-    return found[1] if found else ""
-
-
 def rates(run: Run, works: list[roofline.Work], dtype: str, median: float) -> Row:
     """GB/s, TFLOP/s, and how much of the floor's speed this time has."""
     work = roofline.total(works)
@@ -190,9 +141,3 @@ def ratios(rows: Mapping[str, Row], eager: str | None, ours: str) -> None:
             row["vs_eager"] = significant(rows[eager]["median_s"] / row["median_s"])
         if "median_s" in rows.get(ours, {}):
             row["ours_is_faster"] = significant(row["median_s"] / rows[ours]["median_s"])
-
-
-def on_path(name: str) -> str | None:
-    """A tool of CUDA, also where it is installed but not on the PATH."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(name) or shutil.which(name, path=f"{home}/bin")

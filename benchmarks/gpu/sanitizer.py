@@ -1,7 +1,7 @@
 """compute-sanitizer over every kernel at small shapes: memory accesses out of bounds, and races in shared memory.
 
-The tool runs `python3 -m benchmarks.gpu --only sanitize-target`, which checks nothing itself, and says of each launch
-that it is over: a log that was cut short tells how far the tool came.
+The tool runs `python3 -m benchmarks.gpu.sanitizer`, which checks nothing itself, and says of each launch that it is
+over: a log that was cut short tells how far the tool came.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 import clipfast
 from benchmarks.errors import WITH_GRADIENTS, gradients
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.__main__ import TARGET
-from benchmarks.gpu.contestants import OURS, of
 from benchmarks.gpu.jobs import Job
+from benchmarks.gpu.machine import on_path
+from benchmarks.gpu.operator_contestants import OURS, of
 from benchmarks.gpu.problems import Maker, Problem
-from benchmarks.gpu.run import Run, on_path
+from benchmarks.gpu.run import Run
 from clipfast import tuning
 from clipfast.bench.budget import Budget
 from clipfast.kernels import native
@@ -39,16 +39,9 @@ _LAUNCHED = "launched"
 FOUND_ERRORS = 9  # the tool's exit status then
 
 
-def main(*, dry: bool) -> int:
-    """The target's process."""
-    count = target(torch.device("cpu") if dry else torch.device("cuda", 0), dry=dry)
-    print(f"{count} launches made")
-    return 0
-
-
 def _start(run: Run, path: str, tool: str) -> Job:
     options = ["--tool", tool, *TOOLS[tool], "--error-exitcode", str(FOUND_ERRORS), "--print-limit", "20"]
-    command = [path, *options, sys.executable, "-m", "benchmarks.gpu", "--only", TARGET]
+    command = [path, *options, sys.executable, "-m", __spec__.name]
     return Job(tool, command, run.file(f"{tool}.log"), ENVIRONMENT)
 
 
@@ -213,3 +206,7 @@ def _plans(m: Maker) -> Iterator[Call]:
                 native.patch_embed(*case.arguments, *options, plan=plan)
 
             yield f"native patch_embed {plan} {patch} {width}", call
+
+
+if __name__ == "__main__":
+    print(f"{target(torch.device('cuda', 0))} launches made")

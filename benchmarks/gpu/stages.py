@@ -1,8 +1,8 @@
-"""The stages, their order and their shares of the time; and the small ones themselves.
+"""The stages, their shares of the time, and what each should take.
 
 `headline` asks first what matters most, within 5.5 minutes: ceilings, the headline's launches against float64, both
-towers of ViT-B/32 and the images of ViT-L/14 against every peer, then against torch.compile. `rest`, within 4:
-training, every other configuration, memory errors, single operators, tuning.
+towers against every peer, ViT-B/32's against torch.compile; ViT-L/14's if time is left. `rest`, within 4: every other
+configuration, memory errors, single operators, a train step, tuning.
 """
 
 from __future__ import annotations
@@ -10,19 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import subprocess
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
-from benchmarks.gpu.__main__ import MINUTES, PLANS, START
-from benchmarks.gpu.run import ROOT, Run, facts, on_path
-from clipfast import tuning
-from clipfast.bench import ceilings as measured
+from benchmarks.gpu.plans import MINUTES, PLANS, START
+from benchmarks.gpu.run import Run
 from clipfast.bench.budget import Budget
-from clipfast.bench.harness import significant
-from clipfast.kernels import library, native
 
 Function = Callable[[Run, Budget], None]
 # processes that share a stage of checks: most of their time is compiling, and the GPU waits for them
@@ -41,9 +34,9 @@ class Stage(NamedTuple):
 
 FIRST = "environment"
 _ALL = (
-    Stage(FIRST, 15, "stages", "environment"),
-    Stage("build", 60, "stages", "build"),
-    Stage("ceilings", 15, "stages", "ceilings"),
+    Stage(FIRST, 15, "machine", "environment"),
+    Stage("build", 60, "machine", "build"),
+    Stage("ceilings", 15, "machine", "ceilings"),
     Stage("gate", 40, "correctness", "gate", processes=CHECKERS, restarts=True),
     Stage("towers", 105, "towers"),
     Stage("compiled-image", 110, "towers", "compiled_image", least=50),
@@ -90,13 +83,13 @@ def function(name: str) -> Function:
 
 
 def forecast(stage: Stage) -> list[tuple[str, float]]:
-    """(what, seconds) of a stage's parts in order, on an H100; what the first run took, and arithmetic from there."""
+    """(what, seconds) of a stage's parts in order, on an H100: arithmetic, from what earlier runs took."""
     if stage.module == "towers":
         return importlib.import_module("benchmarks.gpu.groups").forecast(stage.name)
     return list(_PARTS.get(stage.name, ()))
 
 
-# From the logs of the first run (benchmarks/results/h100-80gb-hbm3-2026-11-28_*.txt): the ceilings took 1 s beside
+# From h100-80gb-hbm3-2026-11-28_compiled.txt and _correctness.txt in benchmarks/results: the ceilings took 1 s beside
 # their process's start, and a check of bfloat16 2.1 s in each of four processes, most of it compiling.
 _CHECK = 2.1
 _PROCESS = 4.0
@@ -118,71 +111,3 @@ _PARTS: dict[str, tuple[tuple[str, float], ...]] = {
     "tune": (("CUDA starts", _PROCESS), ("one or two products", 26.0)),
     "tests": (("pytest -m gpu", 200.0),),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The small stages
-
-
-def environment(run: Run, budget: Budget) -> None:
-    """The machine, for the CSV's name and every row."""
-    if run.device.type == "cuda":
-        if torch.version.cuda is None or (not torch.cuda.is_available() and not _card()):
-            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-            run.emit(
-                "no gpu",
-                f"torch {torch.__version__} ({built}) finds no GPU. Run this on a machine with one, or with --dry-run "
-                "to see that every stage is wired up.",
-            )
-            return
-        torch.cuda.init()
-    found = facts(run.device)
-    run.emit("facts", found)
-    for name, value in found.items():
-        run.say(f"{name}: {value}")
-    if library.triton_missing():
-        run.note(f"no Triton kernels: {library.triton_missing()}")
-
-
-def _card() -> bool:
-    """Whether the system knows of a GPU, though PyTorch does not: then CUDA did not start, and says why."""
-    return os.path.exists("/dev/nvidia0")
-
-
-def build(run: Run, budget: Budget) -> None:
-    """csrc with CMake, where nvcc is; without it the package runs on Triton alone."""
-    if run.state.built and not native.missing():
-        run.note("csrc was built before")
-        return
-    missing = [tool for tool in ("cmake", "nvcc") if on_path(tool) is None]
-    if run.dry or missing or not (ROOT / "CMakeLists.txt").exists():
-        why = "a dry run builds nothing" if run.dry else f"not here: {', '.join(missing) or 'CMakeLists.txt'}"
-        run.note(f"CUDA library not built ({why}); it is {native.missing() or 'there already'}"[:150])
-        return
-    # for this GPU alone: code for every architecture takes several times as long
-    architecture = tuning.known(tuning.architecture(run.device))
-    folder = ROOT / "build" / f"cmake-sm_{architecture}"
-    options = [f"-DCLIPFAST_ARCHITECTURES={architecture}", "-DCLIPFAST_CPU=OFF"]
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *options]
-    environment = {**os.environ, "CUDACXX": on_path("nvcc") or ""}
-    for command in (configure, ["cmake", "--build", str(folder), "--parallel"]):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=max(1, budget.left()))
-        if done.returncode:
-            lines = (done.stdout + done.stderr).strip().splitlines()[-8:]
-            run.fail("csrc does not build: " + " | ".join(lines))
-            return
-    native.LIBRARY.forget()
-    if native.missing():
-        run.fail(f"csrc is built and does not load: {native.missing()}")
-    else:
-        run.note(f"csrc built in {budget.spent():.0f} s")
-
-
-def ceilings(run: Run, budget: Budget) -> None:
-    """What this machine gives at best, measured now: every floor below comes from these."""
-    torch.set_float32_matmul_precision("highest")
-    for name, value in measured.measure(run.device, ("bfloat16", "float16", "float32"), quick=run.dry).rates.items():
-        run.ceiling(name, value)
-        key, scale = ("gb_per_s", 1e9) if name == "copy" else ("tflops", 1e12)
-        run.add({"operator": f"ceiling {name}", "status": "ok", key: significant(value / scale)})
-        run.say("ran" if run.dry else f"{name}: {value / scale:.4g} {'GB/s' if name == 'copy' else 'TFLOP/s'}")

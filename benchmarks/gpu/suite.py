@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu import outcomes
+from benchmarks.gpu import pytest_outcomes
 from benchmarks.gpu.jobs import Job
-from benchmarks.gpu.run import ROOT, Run
+from benchmarks.gpu.plans import ROOT
+from benchmarks.gpu.run import Run
 from clipfast.bench.budget import Budget
 
 PROCESSES = 6
@@ -33,7 +34,7 @@ _OURS = ("benchmarks", "clipfast", "tests", "torch", "triton")
 
 
 class Outcomes(NamedTuple):
-    """What is in the file of `benchmarks/gpu/outcomes.py`."""
+    """What is in the file of `benchmarks/gpu/pytest_outcomes.py`."""
 
     selected: int
     tests: dict[str, tuple[str, str]]  # name -> (running, passed, failed or skipped; why)
@@ -60,7 +61,7 @@ def read(path: Path) -> Outcomes:
 def command(paths: Sequence[str], *, dry: bool = False) -> list[str]:
     """pytest's arguments; dry: to collect alone."""
     arguments = [sys.executable, "-m", "pytest", *paths, "-m", "gpu", "--tb=short", f"--maxfail={MOST_FAILURES}"]
-    arguments += ["-p", "no:cacheprovider", "-p", outcomes.__name__, "--continue-on-collection-errors"]
+    arguments += ["-p", "no:cacheprovider", "-p", pytest_outcomes.__name__, "--continue-on-collection-errors"]
     if int(metadata.version("pytest").partition(".")[0]) < 9:
         # pyproject.toml has settings that only newer ones know, and is strict about them
         arguments += ["-c", os.devnull, "--rootdir", str(ROOT)]
@@ -82,7 +83,7 @@ def stage(run: Run, budget: Budget, paths: Sequence[str] = ("tests",)) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcomes"
-        environment = {outcomes.FILE: str(path)}
+        environment = {pytest_outcomes.FILE: str(path)}
         if not run.dry:
             # under Triton's interpreter they would prove nothing here
             environment |= {"TRITON_INTERPRET": "0", "CLIPFAST_REQUIRE_GPU": "1"}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import cache, problems, report
+from benchmarks.gpu import cache, machine, report
 from benchmarks.gpu.evidence import RESULTS, Evidence, proved_before
 from benchmarks.gpu.process import Outcome, Process, watch
 from benchmarks.gpu.run import DRY, Run, State
@@ -25,7 +25,7 @@ from clipfast.bench.budget import Budget
 
 # seconds kept for the tables
 RESERVE = 6
-# a stage is told to end so long before it is ended
+# seconds between the end that a stage is told and its real one
 MARGIN = 1.0
 # seconds that one check may take, compiling included
 PATIENCE = 45.0
@@ -42,7 +42,7 @@ def body(stage: str, state: State, seconds: float, emit: Any) -> None:
     if hits.total:
         made.note(hits.line())
     # what a kernel did last may be known only now
-    problems.lost(device)
+    machine.raise_if_lost(device)
 
 
 def device_of(state: State) -> torch.device:
@@ -139,7 +139,7 @@ class Supervisor:
                 self.no_gpu = True
                 print(value, file=sys.stderr, flush=True)
             else:
-                self.evidence.take(stage.name, kind, value)
+                self.evidence.record(stage.name, kind, value)
                 if kind == "wrong":
                     tried.append(process.doing)
                     self.say(stage.name, f"WRONG: {value[0]}")

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import entrants, gate, problems
 from benchmarks.gpu import groups as grouped
-from benchmarks.gpu.entrants import EAGER, OURS, Field
+from benchmarks.gpu import launch_ids, machine, tower_contestants
 from benchmarks.gpu.groups import COMPILED, TRAIN, Group, estimate, forecast
 from benchmarks.gpu.run import Run, rates, ratios
+from benchmarks.gpu.tower_contestants import OPENAI, OURS, Field
 from clipfast import roofline
 from clipfast.bench import contest, harness, peers, training, workload
 from clipfast.bench.budget import Budget
@@ -27,7 +27,7 @@ from clipfast.bench.peers import openclip
 
 __all__ = ["COMPILED", "compiled", "estimate", "forecast", "stage", "train"]
 
-TRAINED = (OURS, EAGER, openclip.NAME)
+TRAINED = (OURS, OPENAI, openclip.NAME)
 
 
 def stage(run: Run, budget: Budget) -> None:
@@ -57,13 +57,13 @@ def train(run: Run, budget: Budget) -> None:
 def _measure(run: Run, groups: Sequence[Group], budget: Budget) -> None:
     """One group after the other; the first is always tried, the others if they are expected to end in time."""
     planned, late = 0.0, []
-    instead = gate.fall_back(run)
+    instead = launch_ids.fall_back(run)
     for (model, dtype), same in itertools.groupby(groups, key=lambda group: (group.model, group.dtype)):
         field: Field | None = None
         for group in same:
             expected = estimate(group) + (0 if field else grouped.building(model))
             # as fast or slow as this machine was so far
-            pace = budget.spent() / (grouped.START + planned) if planned else 0.0
+            pace = budget.spent() / (grouped.STARTING + planned) if planned else 0.0
             if not run.dry and not budget.allows(pace * expected):
                 late.append(group.title())
                 continue
@@ -74,7 +74,7 @@ def _measure(run: Run, groups: Sequence[Group], budget: Budget) -> None:
                 rows = compare(run, group, field, budget)
             except Exception as error:
                 run.note(f"{group.title()} failed: {harness.reason(error)}")
-                problems.lost(run.device)
+                machine.raise_if_lost(run.device)
             else:
                 run.say(line(group, rows, dry=run.dry))
             _free(run.device)
@@ -91,7 +91,7 @@ def _free(device: torch.device) -> None:
     try:
         torch.cuda.empty_cache()
     except Exception:
-        problems.lost(device)
+        machine.raise_if_lost(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def compare(run: Run, group: Group, field: Field, budget: Budget) -> dict[str, R
         for row in rows.values():
             if works and "median_s" in row:
                 row |= rates(run, works, group.dtype_name, row["median_s"])
-        ratios(rows, EAGER if EAGER in accepted else peers.TRANSFORMERS[group.tower], OURS)
+        ratios(rows, OPENAI if OPENAI in accepted else peers.TRANSFORMERS[group.tower], OURS)
     finally:
         for what in field.instead():
             run.note(f"{group.title()}: {what}")
@@ -132,9 +132,9 @@ def _encoders(
         exact = workload.exact(group.tower, field.spec.weights, data[chosen], group.dtype)
     if group.compiled:
         torch.compiler.reset()
-    accepted = check(run, group, field.calls(entrants.builders(run, group), group, batch, rows), exact, rows)
+    accepted = check(run, group, field.calls(tower_contestants.builders(run, group), group, batch, rows), exact, rows)
     if OURS not in accepted:
-        others = {name: build for name, build in entrants.variants().items() if name not in rows}
+        others = {name: build for name, build in tower_contestants.variants().items() if name not in rows}
         accepted |= check(run, group, field.calls(others, group, batch, rows), exact, rows)
     if group.compiled:
         warm_up(run, group, accepted, rows)
@@ -162,8 +162,8 @@ def check(
                 if not wrong and first is not None:
                     wrong = contest.differs(output, first, group.dtype, 1)
         except Exception as error:
-            entrants.failed(run, group, name, harness.reason(error), rows)
-            problems.lost(run.device)
+            tower_contestants.failed(run, group, name, harness.reason(error), rows)
+            machine.raise_if_lost(run.device)
             continue
         if group.compiled and (took := time.perf_counter() - start) > 5:
             run.note(f"{group.title()}: the first call of {name} took {took:.0f} s")
@@ -190,8 +190,8 @@ def warm_up(run: Run, group: Group, calls: dict[str, harness.Function], rows: di
                 calls[name]()
         except Exception as error:
             del calls[name]
-            entrants.failed(run, group, name, harness.reason(error), rows)
-            problems.lost(run.device)
+            tower_contestants.failed(run, group, name, harness.reason(error), rows)
+            machine.raise_if_lost(run.device)
 
 
 def _trainers(
@@ -201,10 +201,10 @@ def _trainers(
     found, missing = training.trainers(field.spec, TRAINED)
     for name, why in missing.items():
         if why.startswith("not run: "):
-            entrants.failed(run, group, name, why, rows)
-            problems.lost(run.device)
+            tower_contestants.failed(run, group, name, why, rows)
+            machine.raise_if_lost(run.device)
         else:
-            entrants.absent(run, name, why, rows)
+            tower_contestants.absent(run, name, why, rows)
     small = peers.Batch(*(data[: training.SMALL] for data in batch))
     loss, exact = training.exact_gradients(field.spec.weights, small)
     accepted: dict[str, harness.Function] = {}
@@ -212,8 +212,8 @@ def _trainers(
         try:
             errors, wrong = training.errors(trainer, small, loss, exact)
         except Exception as error:
-            entrants.failed(run, group, name, harness.reason(error), rows)
-            problems.lost(run.device)
+            tower_contestants.failed(run, group, name, harness.reason(error), rows)
+            machine.raise_if_lost(run.device)
             continue
         judge(run, group, name, errors, wrong, rows)
         if not wrong:
@@ -238,9 +238,9 @@ def time_accepted(
         )
         for name, why in out.items():
             del seconds[name]
-            entrants.failed(run, group, name, why, rows)
+            tower_contestants.failed(run, group, name, why, rows)
             # of the first only: with the GPU lost all others fail after it
-            problems.lost(run.device)
+            machine.raise_if_lost(run.device)
     finally:
         for name, values in seconds.items():
             rows[name] |= {"how": "wall", **harness.times(values)} if values else {}

@@ -19,9 +19,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu import gate, timing
+from benchmarks.gpu import launch_ids, machine, timing
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.contestants import EAGER, of
+from benchmarks.gpu.operator_contestants import EAGER, of
 from benchmarks.gpu.problems import Maker, Problem
 from benchmarks.gpu.run import Run, rates
 from clipfast import roofline, tuning
@@ -119,10 +119,10 @@ def best_linear(run: Run, problem: Problem, configs: list[LinearConfig], budget:
             prepared[name] = timing.prepare(calls, repeats, run.device)
             by_name[name] = config
         except AssertionError as error:
-            wrong = gate.launches_of(functools.partial(make.run_linear, cases[0], config), run.device)
+            wrong = launch_ids.launches_of(functools.partial(make.run_linear, cases[0], config), run.device)
             run.fail(str(error)[:300], [launch.id for launch in wrong])
         except Exception as error:  # too much shared memory, registers: this one is not to be had
-            make.lost(run.device)
+            machine.raise_if_lost(run.device)
             run.say(f"{name}: {harness.reason(error)}")
     seconds, _ = timing.time_interleaved(prepared, ROUNDS, run.device, budget.left)
     medians = {name: statistics.median(values) for name, values in seconds.items() if values}
@@ -143,7 +143,7 @@ def stage(run: Run, budget: Budget) -> None:
     dtype, architecture = torch.bfloat16, tuning.architecture(run.device)
     m, arch, compiled = Maker(run.device, dtype), tuning.known(tuning.architecture(run.device)), set()
     done: set[tuple] = set()
-    gate.forbid(run.wrong)
+    launch_ids.forbid(run.wrong)
     for rows, n_cols, n_terms, activation, residual in plan():
         key = (arch, tuning.rows_bucket(rows), n_cols, n_terms)
         if key in done or not budget.allows(20):
@@ -159,7 +159,7 @@ def stage(run: Run, budget: Budget) -> None:
             with torch.no_grad():
                 config, ours, theirs = best_linear(run, problem, configs, budget)
         except Exception as error:
-            make.lost(run.device)
+            machine.raise_if_lost(run.device)
             run.note(f"{problem.title()}: {harness.reason(error)}")
             continue
         for line in paste(arch, rows, (n_cols, n_terms, activation, residual), config, ours, theirs):
@@ -230,7 +230,7 @@ def _warps_and_stages(run: Run, problem: Problem, names: tuple[str, ...], budget
         except AssertionError as error:
             run.fail(str(error)[:300])
         except Exception as error:
-            make.lost(run.device)
+            machine.raise_if_lost(run.device)
             run.say(f"{problem.title()} {change}: {harness.reason(error)}")
     seconds, _ = timing.time_interleaved(prepared, ROUNDS, run.device, budget.left)
     found = sorted((statistics.median(values), name) for name, values in seconds.items() if values)

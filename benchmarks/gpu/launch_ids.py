@@ -1,4 +1,4 @@
-"""Triton launches by what they are compiled from: proved right once, or kept out of what is timed.
+"""An id for each Triton launch. What was proved right is not checked again; what is wrong is not timed.
 
 A launch's id is a hash of all that decides its code: the kernel's source and that of what it calls, the types and
 known sizes of its arguments, its tile, warps and stages, the architecture, and Triton's version. So what an earlier run
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.run import ROOT, Run
+from benchmarks.gpu.plans import ROOT
+from benchmarks.gpu.run import Run
 from clipfast import dispatch, tuning
 from clipfast.kernels import library
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import gate
+from benchmarks.gpu import launch_ids
 from benchmarks.gpu.run import Run, State
 
 pytest.importorskip("triton.knobs", reason="launches can be seen since Triton 3.4")
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START = """
 import dataclasses, functools, torch, triton
 from benchmarks import compilation
-from benchmarks.gpu import gate, problems as make
+from benchmarks.gpu import launch_ids, problems as make
 from clipfast import tuning
 
 META = torch.device("meta")
@@ -32,7 +32,7 @@ def call(config=WIDE, rows=1600, activation="quick_gelu"):
     return functools.partial(make.run_linear, case, config)
 
 def ids(*arguments):
-    return [launch.id for launch in gate.launches_of(call(*arguments), META)]
+    return [launch.id for launch in launch_ids.launches_of(call(*arguments), META)]
 """
 
 
@@ -50,7 +50,7 @@ def test_an_id_is_of_the_configuration_and_not_of_the_shape():
     script = """
 first = ids()
 assert len(first) == 1 and first == ids() == ids(WIDE, 12800)
-assert "_linear_persistent_kernel" in gate.launches_of(call(), META)[0].name
+assert "_linear_persistent_kernel" in launch_ids.launches_of(call(), META)[0].name
 others = [ids(dataclasses.replace(WIDE, **{name: value}))[0] for name, value in
           (("warps", 4), ("stages", 4), ("block_n", 128), ("group_m", 16), ("fast_tanh", True))]
 others += ids(WIDE, 1600, None)
@@ -58,8 +58,8 @@ assert len({*first, *others}) == 7
 # a split sum is two kernels
 assert len(ids(tuning.LinearConfig(16, 32, 128, warps=4, stages=4, split_k=2), 9)) == 2
 # another kernel's source
-gate._source.cache_clear()
-gate._source = lambda module, kernel: "changed"
+launch_ids._source.cache_clear()
+launch_ids._source = lambda module, kernel: "changed"
 assert ids() != first
 print(first[0])
 """
@@ -69,9 +69,9 @@ print(first[0])
 
 def test_what_is_condemned_is_not_launched_and_the_rest_is():
     script = """
-bad, good = gate.launches_of(call(), META)[0], dataclasses.replace(WIDE, stages=4)
+bad, good = launch_ids.launches_of(call(), META)[0], dataclasses.replace(WIDE, stages=4)
 triton.runtime.driver.set_active(compilation.Driver(90))
-gate.forbid({bad.id: "row 3 is wrong"})
+launch_ids.forbid({bad.id: "row 3 is wrong"})
 from triton import knobs
 look, seen = knobs.runtime.jit_cache_hook, []
 def hook(**known):
@@ -83,11 +83,11 @@ call(good)()
 assert len(seen) == 1
 try:
     call()()
-except gate.Condemned as why:
+except launch_ids.Condemned as why:
     print(why)
 assert len(seen) == 1
 # looking what a call would launch lifts no ban
-assert gate.launches_of(call(), META)[0].id == bad.id and knobs.runtime.jit_cache_hook is hook
+assert launch_ids.launches_of(call(), META)[0].id == bad.id and knobs.runtime.jit_cache_hook is hook
 """
     assert compiled(script) == "_linear_persistent_kernel: row 3 is wrong\n"
 
@@ -98,14 +98,14 @@ def test_an_operator_that_would_launch_it_goes_to_pytorch(monkeypatch):
     from clipfast.kernels import fused
 
     def forbidden(*arguments):
-        raise gate.Condemned("_linear_fwd_kernel: row 3 is wrong")
+        raise launch_ids.Condemned("_linear_fwd_kernel: row 3 is wrong")
 
-    monkeypatch.setattr(gate, "can_see", lambda: True)
-    monkeypatch.setattr(gate, "forbid", lambda wrong: None)
+    monkeypatch.setattr(launch_ids, "can_see", lambda: True)
+    monkeypatch.setattr(launch_ids, "forbid", lambda wrong: None)
     monkeypatch.setattr(fused, "TRITON", {**fused.TRITON, "linear": forbidden})
     monkeypatch.setattr(clipfast.dispatch, "_decisions", {})
     run = Run("towers", State(dry=True, wrong={"id": "row 3 is wrong"}), torch.device("cpu"), lambda kind, value: None)
-    said = gate.fall_back(run)
+    said = launch_ids.fall_back(run)
     x, weight, bias = torch.randn(5, 32), torch.randn(16, 32), torch.randn(16)
     with torch.no_grad(), clipfast.backend("triton"):
         y = clipfast.ops.linear(x, weight, bias)
@@ -118,8 +118,8 @@ def test_nothing_is_replaced_where_nothing_is_wrong(monkeypatch):
     from clipfast.kernels import fused
 
     before = dict(fused.TRITON)
-    monkeypatch.setattr(gate, "can_see", lambda: True)
-    gate.fall_back(Run("towers", State(dry=True), torch.device("cpu"), lambda kind, value: None))
+    monkeypatch.setattr(launch_ids, "can_see", lambda: True)
+    launch_ids.fall_back(Run("towers", State(dry=True), torch.device("cpu"), lambda kind, value: None))
     assert before == fused.TRITON
 
 
@@ -135,13 +135,16 @@ def test_what_passed_elsewhere_is_not_to_blame():
 
 
 def test_a_key_is_of_the_check_its_launches_and_the_rules(monkeypatch):
-    launch = gate.Launch("a", "linear")
-    key = gate.key("check", [launch])
-    assert key == gate.key("check", [launch]) and len(key) == 16
-    assert len({key, gate.key("check", [gate.Launch("b", "linear")]), gate.key("another", [launch])}) == 3
-    assert gate.key("check", []) == "" and gate.key("check", [], more="source") != ""
-    monkeypatch.setattr(gate, "_rules", lambda: "another rule")
-    assert gate.key("check", [launch]) != key
+    launch = launch_ids.Launch("a", "linear")
+    key = launch_ids.key("check", [launch])
+    assert key == launch_ids.key("check", [launch]) and len(key) == 16
+    assert (
+        len({key, launch_ids.key("check", [launch_ids.Launch("b", "linear")]), launch_ids.key("another", [launch])})
+        == 3
+    )
+    assert launch_ids.key("check", []) == "" and launch_ids.key("check", [], more="source") != ""
+    monkeypatch.setattr(launch_ids, "_rules", lambda: "another rule")
+    assert launch_ids.key("check", [launch]) != key
 
 
 def test_the_gate_makes_every_launch_of_the_towers_that_are_timed():
@@ -149,17 +152,17 @@ def test_the_gate_makes_every_launch_of_the_towers_that_are_timed():
     script = """
 import json
 from unittest import mock
-from benchmarks.gpu import correctness, headline, problems
+from benchmarks.gpu import correctness, tower_launches, problems
 
 problems.Maker.normal = lambda self, *shape, size=1.0: torch.empty(shape, dtype=self.dtype)
 problems.Maker.norm = lambda self, width: (torch.empty(width), torch.empty(width))
-correctness.HALVES = headline.DTYPES = (torch.bfloat16,)
+correctness.HALVES = tower_launches.DTYPES = (torch.bfloat16,)
 CPU = torch.device("cpu")
-with headline.on_triton(), mock.patch.object(gate, "can_see", return_value=True):
-    found = compilation.collect(headline.cases(), [90])
-    towers = {gate._id(x.module, x.kernel, 90, json.loads(x.specialization)): str(x) for x in found}
+with tower_launches.on_triton(), mock.patch.object(launch_ids, "can_see", return_value=True):
+    found = compilation.collect(tower_launches.cases(), [90])
+    towers = {launch_ids._id(x.module, x.kernel, 90, json.loads(x.specialization)): str(x) for x in found}
     checks = [each for each in correctness.headline(CPU) if each.operator != "graphs"]
-    made = {launch.id for each in checks for launch in gate.launches_of(each.prepare().launch, CPU)}
+    made = {launch.id for each in checks for launch in launch_ids.launches_of(each.prepare().launch, CPU)}
 launches = sorted(towers.values())
 assert len(set(launches)) == len(launches) > 50
 for kernel in ("_linear_persistent_kernel", "_attention_tile_kernel", "_attention_stream_kernel"):

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import clipfast
-from benchmarks.gpu import contestants, problems
 from benchmarks.gpu import groups as grouped
-from benchmarks.gpu.correctness import TINY
+from benchmarks.gpu import machine, operator_contestants
 from benchmarks.gpu.groups import Group
 from benchmarks.gpu.run import Run
 from clipfast.architectures import ARCHITECTURES
@@ -20,7 +19,7 @@ from clipfast.bench import harness, peers, workload
 from clipfast.bench.harness import Row
 from clipfast.bench.peers import huggingface, ours
 
-OURS, EAGER = contestants.OURS, contestants.OPENAI
+OURS, OPENAI = operator_contestants.OURS, operator_contestants.OPENAI
 # ours by other ways is timed in a few groups, and tried wherever ours is wrong or fails
 WITH_VARIANTS = {(grouped.B32, 256, torch.bfloat16), ("tiny", 2, torch.float32)}
 
@@ -28,7 +27,7 @@ Build = Callable[[peers.Spec], peers.Prepare]
 
 
 def _architecture(model: str) -> dict:
-    return TINY if model == "tiny" else ARCHITECTURES[model]
+    return grouped.TINY if model == "tiny" else ARCHITECTURES[model]
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,10 +41,10 @@ def _images(model: str, batch: int, device: torch.device) -> Tensor:
 
 
 class Field:
-    """Everybody's model of the same weights in one dtype: made when it is first asked for, kept from batch to batch."""
+    """One model for each contestant, all of the same weights and dtype: made when first asked for, then kept."""
 
     def __init__(self, run: Run, model: str, dtype: torch.dtype, instead: Callable[[], list[str]] = lambda: []):
-        """instead: says which operators of ours went to PyTorch since it was last asked (`gate.fall_back`)."""
+        """instead: says which operators of ours went to PyTorch since it was last asked (`launch_ids.fall_back`)."""
         self.instead = instead
         self.run, self.model, self.architecture = run, model, _architecture(model)
         self.spec = peers.Spec(_weights(model, run.device), self.architecture, dtype, run.device)
@@ -78,7 +77,7 @@ class Field:
                 if name not in self._made:
                     self._out.add(name)
                 failed(self.run, group, name, harness.reason(error), rows)
-                problems.lost(self.run.device)
+                machine.raise_if_lost(self.run.device)
         return found
 
 
@@ -108,9 +107,9 @@ def builders(run: Run, group: Group) -> dict[str, Build]:
         shown = (group.model, group.batch, group.dtype) in WITH_VARIANTS
         return found | (variants() if shown else {})
     compilers = {name: peer.build for name, peer in able.items() if peer.prepares}
-    found = {OURS: able[OURS].build, EAGER: able[EAGER].build}
+    found = {OURS: able[OURS].build, OPENAI: able[OPENAI].build}
     try:
-        peers.module("clip", EAGER)
+        peers.module("clip", OPENAI)
     except peers.Missing:
         # something must be compiled on a bare machine too
         found["transformers"] = able["transformers"].build

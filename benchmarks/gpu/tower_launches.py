@@ -14,7 +14,6 @@ from unittest import mock
 import torch
 from torch import nn
 
-from benchmarks import compilation
 from benchmarks.gpu import groups
 from clipfast import dispatch, graphs, tuning
 from clipfast.architectures import ARCHITECTURES
@@ -23,15 +22,6 @@ from clipfast.model import CLIP, convert_weights
 
 ARCHITECTURE = 90
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-def headline_launches() -> list[compilation.Launch]:
-    """All that encode_image and encode_text launch in Triton for the headline's models, batches, captions and dtypes.
-
-    In a process of its own: Triton's driver is one without a GPU afterwards.
-    """
-    with on_triton():
-        return compilation.collect(cases(), [ARCHITECTURE])
 
 
 @contextlib.contextmanager
