@@ -261,11 +261,48 @@ def test_checks_share_their_work_and_leave_out_what_is_known(monkeypatch):
     for part in range(3):
         made = new_run(stage="gate")
         made.state.part, made.state.parts = part, 3
-        shares.append([each.name for each in correctness._share(made, iter(found), once=False)])
+        shares.append([each.name for each in correctness._share(made, iter(found), made.budget, once=False)])
     assert shares == [["a", "d"], ["b"], ["c"]]
     # once: b launches y as well, and then c has nothing new
     made = new_run(stage="gate")
-    assert [each.name for each in correctness._share(made, iter(found), once=True)] == ["a", "b", "d"]
+    assert [each.name for each in correctness._share(made, iter(found), made.budget, once=True)] == ["a", "b", "d"]
+    # who cannot see what a check launches runs it, and nobody's share moves
+    shares, taken = [], []
+    for part in range(2):
+        made = new_run(stage="gate")
+        made.state.part, made.state.parts = part, 2
+
+        def prepare(part=part):
+            if part:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return correctness.Work(lambda: "x", lambda result: None)
+
+        unseen = found[0]._replace(name="unseen", prepare=prepare)
+        taken += [
+            each.name for each in correctness._share(made, iter([found[0], unseen, *found]), made.budget, once=True)
+        ]
+    assert set(taken) >= {"a", "b", "d"}
+
+
+def test_memory_that_others_have_is_no_fault_of_a_launch(monkeypatch):
+    def prepare():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made = new_run(stage="gate")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    correctness.run_checks(made, iter([correctness.Check("a", "linear", torch.float16, prepare)]), made.budget)
+    assert made.evidence.notes[0] == "gate: not checked: a: OutOfMemoryError: CUDA out of memory"
+    assert not made.evidence.failures and not made.evidence.state.wrong and not made.evidence.state.proved
+
+
+def test_nothing_published_names_a_path(tmp_path):
+    made = new_run(tmp_path, stage="towers")
+    made.add({"operator": "encode_image", "contestant": "a", "status": "missing", "note": "in /home/alice/site/x.py"})
+    made.note("no kit in /home/alice/kit")
+    made.fail("cmake: /home/alice/csrc/a.cpp:3: error")
+    made.evidence.ended("towers", "died: exit status 1; last: /home/alice/x", 1.0, 2.0)
+    for path in tmp_path.iterdir():
+        assert "alice" not in path.read_text() and "<path>" in path.read_text()
 
 
 def test_checks_end_in_time(monkeypatch):

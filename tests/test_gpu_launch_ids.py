@@ -159,7 +159,7 @@ problems.Maker.norm = lambda self, width: (torch.empty(width), torch.empty(width
 correctness.HALVES = tower_launches.DTYPES = (torch.bfloat16,)
 CPU = torch.device("cpu")
 with tower_launches.on_triton(), mock.patch.object(launch_ids, "can_see", return_value=True):
-    found = compilation.collect(tower_launches.cases(), [90])
+    found = compilation.collect(tower_launches.timed(), [90])
     towers = {launch_ids._id(x.module, x.kernel, 90, json.loads(x.specialization)): str(x) for x in found}
     checks = [each for each in correctness.headline(CPU) if each.operator != "graphs"]
     made = {launch.id for each in checks for launch in launch_ids.launches_of(each.prepare().launch, CPU)}

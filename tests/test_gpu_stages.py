@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import stages, supervisor
+from benchmarks.gpu import process, stages, supervisor
 from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.run import State
 from clipfast.bench.budget import Budget
@@ -159,6 +160,39 @@ raise SystemExit(supervisor.execute(command.parse(["--dry-run", "--out", sys.arg
     assert {"ceiling copy", "ceiling bfloat16"} < {row["operator"] for row in rows}
 
 
+def test_a_fresh_process_takes_all_that_was_proved(tmp_path):
+    """An argument of a program holds 128 KiB at most."""
+    script = """
+import sys
+from benchmarks.gpu import __main__ as command, stages, supervisor
+supervisor.function = lambda name: 1 / 0
+supervisor.plan = lambda options: [stages.STAGES["environment"]]
+real = supervisor.State
+supervisor.State = lambda **given: real(**given | {"proved": {f"key {i}": 100 * "x" for i in range(3000)}})
+raise SystemExit(supervisor.execute(command.parse(["--dry-run", "--out", sys.argv[1]])))
+"""
+    done = run("-c", script, str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_does_not_die_is_left_behind(monkeypatch):
+    monkeypatch.setattr(process, "STUCK", 0.5)
+    monkeypatch.setattr(process, "GRACE", 0.1)
+    ended, real = [], process._end_session
+
+    def body(stage, state, seconds, emit):
+        emit("doing", ["a deaf kernel", []])
+        time.sleep(600)
+
+    deaf = process.Process(body, "gate", State(dry=True), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "_end_session", lambda leader: None)
+        process.watch([deaf], Budget(0.3).left, lambda *_: None, lambda *_: None, lambda _, how: ended.append(how))
+    assert str(ended[0]) == "cut off: out of time, and does not end"
+    real(deaf.pid)
+    os.waitpid(deaf.pid, 0)
+
+
 def test_starting_touches_no_cuda():
     """What is forked must not have started CUDA, and asking how many GPUs there are starts it."""
     script = """
@@ -245,6 +279,6 @@ def test_a_stage_is_not_begun_for_too_little_time(capsys):
     evidence = Evidence(State(dry=True), None)
     late = stages.STAGES["compiled-l14"]
     supervisor.Supervisor(evidence, Budget(30)).run([late])
-    assert evidence.stages[0]["outcome"] == "not run: out of time: 24 s are left, and it wants 75 at least"
+    assert evidence.stages[0]["outcome"] == "not run: out of time: 20 s are left, and it wants 75 at least"
     assert not supervisor.broken(evidence.stages[0]["outcome"])
     assert "at most" not in capsys.readouterr().out

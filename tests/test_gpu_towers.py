@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,6 +313,22 @@ def test_only_a_lost_gpu_raises_again(monkeypatch):
     for function in (machine.raise_if_lost, towers._free):
         with pytest.raises(RuntimeError, match="illegal memory access"):
             function(gpu)
+
+
+def test_a_compiler_that_finds_no_end_takes_nobody_with_it(field, monkeypatch):
+    def compiles(spec):
+        def calls(tower, batch):
+            return {"peer torch.compile": lambda: time.sleep(600)}
+
+        return calls
+
+    monkeypatch.setattr(towers, "TIMED_SECONDS", 499)
+    field(**{OPENAI: named(OPENAI), "peer torch.compile": compiles})
+    made = new_run()
+    towers._measure(made, [IMAGE._replace(compiled=True)], made.budget)
+    rows = found(made)
+    assert rows["peer torch.compile"]["status"] == "failed" and "out of time" in rows["peer torch.compile"]["note"]
+    assert "median_s" in rows[OURS] and "median_s" in rows[OPENAI] and not made.evidence.failures
 
 
 def test_a_wrong_row_that_is_no_sample_is_seen():

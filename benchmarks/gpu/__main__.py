@@ -17,9 +17,13 @@ import argparse
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
 from benchmarks.gpu.plans import LEAST_MINUTES, MINUTES, PLANS, ROOT, STAGES
+
+# the minutes count from here: unpacking a kit and importing PyTorch are part of them
+STARTED = time.monotonic()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.stage is not None:
         from benchmarks.gpu import process, supervisor
 
-        process.serve_fresh(supervisor.body, options.stage)
+        process.serve_fresh(supervisor.body)
     if importlib.util.find_spec("torch") is None:
         print(f"{sys.executable} has no PyTorch: make gpu PYTHON=/path/to/one that has", file=sys.stderr)
         return 2
@@ -74,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     options.built = options.built or kit.LIBRARIES[0] in used.built
     from benchmarks.gpu import supervisor
 
+    options.minutes -= (time.monotonic() - STARTED) / 60
     try:
         return supervisor.execute(options, used.lines)
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import IO, Any
 from benchmarks.gpu.plans import ROOT
 from benchmarks.gpu.run import COLUMNS, State
 from clipfast.bench.environment import free_name, slug
-from clipfast.bench.harness import Row
+from clipfast.bench.harness import Row, without_paths
 from clipfast.files import write_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +43,8 @@ class Evidence:
 
     def record(self, stage: str, kind: str, value: Any) -> None:
         """An event of a stage (run.py says which there are)."""
+        if kind in ("row", "wrong", "note"):
+            value = _published(value)
         if kind == "facts":
             self.state.facts = value
             self.open()
@@ -66,6 +68,7 @@ class Evidence:
             raise ValueError(f"unknown event {kind!r} of {stage}")
 
     def fail(self, text: str, launches: Iterable[str] = ()) -> None:
+        text = without_paths(text)
         self.failures.append(text)
         for each in launches:
             self.state.wrong.setdefault(each, text)
@@ -95,8 +98,8 @@ class Evidence:
 
     def ended(self, stage: str, outcome: str, seconds: float, at_most: float) -> None:
         """A stage is over: the JSON has it at once."""
-        row = {"stage": stage, "outcome": outcome, "seconds": round(seconds, 1), "at_most": round(at_most, 1)}
-        self.stages.append(row)
+        times = {"seconds": round(seconds, 1), "at_most": round(at_most, 1)}
+        self.stages.append({"stage": stage, "outcome": without_paths(outcome), **times})
         self.write()
 
     def write(self) -> None:
@@ -107,6 +110,15 @@ class Evidence:
         found |= {"failures": self.failures, "notes": self.notes, "tuning": self.pasted}
         found |= {"wrong": state.wrong, "proved": state.proved}
         write_bytes(self.path.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
+
+
+def _published(value: Any) -> Any:
+    """The same without paths, which libraries name."""
+    if isinstance(value, str):
+        return without_paths(value)
+    if isinstance(value, dict):
+        return {name: _published(each) for name, each in value.items()}
+    return [*map(_published, value)] if isinstance(value, list) else value
 
 
 def proved_before(folders: Iterable[Path]) -> dict[str, str]:

@@ -103,11 +103,12 @@ def key(name: str, launches: Iterable[Launch], *, more: str = "") -> str:
 
 
 def forbid(wrong: Mapping[str, str]) -> None:
-    """From now on, in this process, a launch with one of these ids raises Condemned.   wrong: id -> what it gets wrong.
+    """From now on, in this process, a launch with one of these ids raises Condemned.
 
     Those that were compiled before are not seen.
+    wrong: id -> what it gets wrong; what is added later counts too.
     """
-    if not wrong or not can_see():
+    if not can_see():
         return
     from triton import knobs
 

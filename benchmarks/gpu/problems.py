@@ -6,6 +6,7 @@ spread over the batch, by the rule of tests/accuracy.py, and all over with eager
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,20 @@ class Problem(NamedTuple):
         return f"{self.operator} {self.model} {self.shape} {self.dtype_name}".replace("  ", " ")
 
 
+_unfilled = False
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """Inside, activations and weights hold no numbers: enough to see launches, at a third of the memory."""
+    global _unfilled
+    before, _unfilled = _unfilled, True
+    try:
+        yield
+    finally:
+        _unfilled = before
+
+
 class Maker:
     """Random tensors on one device: activations and weights in one dtype, normalisations in float32."""
 
@@ -51,6 +66,8 @@ class Maker:
         self.device, self.dtype = device, dtype
 
     def normal(self, *shape: int, size: float = 1.0) -> Tensor:
+        if _unfilled:
+            return torch.empty(shape, device=self.device, dtype=self.dtype)
         return (torch.randn(shape, device=self.device) * size).to(self.dtype)
 
     def affine(self, n_cols: int, n_terms: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import os
 import selectors
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import deque
@@ -30,6 +31,8 @@ from clipfast.bench import harness
 GRACE = 5.0
 # seconds in which the pipes of a dead process are still read
 LINGER = 1.0
+# seconds after which a killed process that does not end, its driver busy, is left behind
+STUCK = 4.0
 # lines of output that are kept, to say what a process last said
 KEPT = 20
 Body = Callable[[str, State, float, Callable[[str, Any], None]], None]  # (stage, state, seconds, emit)
@@ -72,9 +75,10 @@ def serve(body: Body, stage: str, state: State, seconds: float, channel: int) ->
     os._exit(0)
 
 
-def serve_fresh(body: Body, description: str) -> None:
-    """`serve` in a process that was started anew.   description: JSON, from `Process`."""
-    given = json.loads(description)
+def serve_fresh(body: Body) -> None:
+    """`serve` in a process that was started anew: what it is to do comes as JSON from `Process`."""
+    given = json.load(sys.stdin)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     serve(body, given["stage"], State(**given["state"]), given["seconds"], given["channel"])
 
 
@@ -91,7 +95,7 @@ class Process:
         self.since = time.monotonic()  # and when
         self.tail: deque[str] = deque(maxlen=KEPT)
         self._ending: Outcome | None = None
-        self._killed, self._dead = "", 0.0
+        self._killed, self._killed_at, self._dead = "", 0.0, 0.0
         self._rest = {"events": b"", "output": b""}
         sys.stdout.flush()
         sys.stderr.flush()
@@ -125,8 +129,13 @@ class Process:
             serve(body, stage, state, seconds, channel)
         os.set_inheritable(channel, True)
         described = {"stage": stage, "state": dataclasses.asdict(state), "seconds": seconds, "channel": channel}
+        # a file, since an argument holds 128 KiB at most, and what was proved before is more
+        with tempfile.TemporaryFile("w") as file:
+            json.dump(described, file)
+            file.seek(0)
+            os.dup2(file.fileno(), 0)
         os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", "--stage", json.dumps(described)])
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", "--stage", stage])
 
     def read(self, which: str) -> list[str] | None:
         """Whole lines that have come; None at the pipe's end."""
@@ -163,6 +172,7 @@ class Process:
         """Ends it and all that it has started."""
         if self._ending is None:
             self._killed = self._killed or why
+        self._killed_at = self._killed_at or time.monotonic()
         _end_session(self.pid)
 
     def is_over(self) -> bool:
@@ -172,17 +182,25 @@ class Process:
             _end_session(self.pid)
             self._dead = self._dead or time.monotonic()
             return time.monotonic() - self._dead > LINGER
-        return not self.open
+        return not self.open or self._is_stuck()
+
+    def _is_stuck(self) -> bool:
+        return bool(self._killed_at) and time.monotonic() - self._killed_at > STUCK
 
     def wait(self) -> Outcome:
         """How it ended."""
-        _, status = os.waitpid(self.pid, 0)
+        ended = status = 0
+        while not ended and not self._is_stuck():
+            ended, status = os.waitpid(self.pid, os.WNOHANG if self._killed_at else 0)
+            time.sleep(0 if ended else 0.05)
         _end_session(self.pid)
         for pipe in self.open.values():
             os.close(pipe)
         self.open.clear()
         if self._ending is not None:
             return self._ending
+        if not ended:
+            return Outcome("cut off", f"{self._killed}, and does not end")
         at = f" in {self.doing}" if self.doing else ""
         if self._killed:
             return Outcome("cut off", f"{self._killed}{at}")

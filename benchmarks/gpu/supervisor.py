@@ -22,9 +22,10 @@ from benchmarks.gpu.process import Outcome, Process, watch
 from benchmarks.gpu.run import DRY, Run, State
 from benchmarks.gpu.stages import FIRST, Stage, function, plan
 from clipfast.bench.budget import Budget
+from clipfast.bench.harness import without_paths
 
-# seconds kept for the tables
-RESERVE = 6
+# seconds kept for a stage that does not end, and for the tables
+RESERVE = 10
 # seconds between the end that a stage is told and its real one
 MARGIN = 1.0
 # seconds that one check may take, compiling included
@@ -55,7 +56,7 @@ def execute(options: argparse.Namespace, used: Sequence[str] = ()) -> int:
     keep = None if options.dry_run and options.out is None else options.out or RESULTS
     proved = {} if options.dry_run else proved_before([RESULTS, *filter(None, [options.out])])
     evidence = Evidence(State(dry=options.dry_run, built=options.built, proved=proved), keep)
-    evidence.notes += used
+    evidence.notes += map(without_paths, used)
     stages = plan(options)
     supervisor = Supervisor(evidence, budget)
     if options.dry_run:

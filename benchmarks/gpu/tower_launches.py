@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks.gpu import groups
 from clipfast import dispatch, graphs, tuning
 from clipfast.architectures import ARCHITECTURES
+from clipfast.bench import workload
 from clipfast.kernels import library
 from clipfast.model import CLIP, convert_weights
 
@@ -39,7 +40,16 @@ def on_triton() -> Iterator[None]:
 
 
 def cases() -> Iterator[Callable[[], None]]:
-    """A call of one tower each, to be made inside `on_triton`."""
+    """A call of one tower each, to be made inside `on_triton`: of those that are timed, and of the check of graphs."""
+    yield from timed()
+    model = _model("tiny", torch.bfloat16)
+    yield lambda: _encode_images(model, 3)
+    for seed in range(3):
+        text = workload.inputs(groups.TINY, 3, workload.Captions(3, 20), seed)["text"]
+        yield lambda text=text: model.encode_text(text)
+
+
+def timed() -> Iterator[Callable[[], None]]:
     for dtype in DTYPES:
         models = {name: _model(name, dtype) for name in dict.fromkeys(model for _, model, *_ in groups.towers())}
         for tower, name, batch, captions in groups.towers():
@@ -52,7 +62,8 @@ def cases() -> Iterator[Callable[[], None]]:
 
 
 def _model(name: str, dtype: torch.dtype) -> nn.Module:
-    model = CLIP(**ARCHITECTURES[name] | {"vision_layers": 2, "transformer_layers": 2}).eval()
+    sizes = groups.TINY if name == "tiny" else ARCHITECTURES[name]
+    model = CLIP(**sizes | {"vision_layers": 2, "transformer_layers": 2}).eval()
     convert_weights(model, dtype)
     model.cuda_graphs = False
     return model

@@ -151,11 +151,11 @@ def stage(run: Run, budget: Budget) -> None:
         done.add(key)
         configs = candidates(rows, dtype, architecture)
         fresh = [each for each in configs if (each, activation, residual) not in compiled]
-        compile_ahead(fresh, dtype, (activation, residual), budget.left() - 10)
-        compiled |= {(each, activation, residual) for each in fresh}
         problem = make.linear("", rows, n_cols, n_terms, rows, m, activation, residual)
         run.doing(f"tuning {problem.title()}")
         try:
+            compile_ahead(fresh, dtype, (activation, residual), budget.left() - 10)
+            compiled |= {(each, activation, residual) for each in fresh}
             with torch.no_grad():
                 config, ours, theirs = best_linear(run, problem, configs, budget)
         except Exception as error:

@@ -33,8 +33,12 @@ TAIL = ("p95_s", "p99_s")
 def reason(error: BaseException) -> str:
     """An exception in one line without paths: results are published."""
     first = (str(error).strip().splitlines() or [""])[0]
-    first = re.sub(r"(?<![\w.])(/[\w.+@-]+){2,}", "<path>", first)
-    return f"{type(error).__name__}: {first}"[:160].rstrip(": ")
+    return f"{type(error).__name__}: {without_paths(first)}"[:160].rstrip(": ")
+
+
+def without_paths(text: str) -> str:
+    """The text as it may be published."""
+    return re.sub(r"(?<![\w.])(/[\w.+@-]+){2,}", "<path>", text)
 
 
 def significant(value: float) -> float:
