@@ -61,21 +61,21 @@ bench: $(BENCH) ## time whole models against openai/CLIP and the other peers, in
 readme: $(TEST) ## write the README's tables from benchmarks/results, and draw their pictures
 	$(PY) -m clipfast.bench.report --plots
 
-# No environment of its own: a machine with a GPU may have no network, and brings torch and Triton. What it lacks is
-# carried there in a kit.   make gpu OUT=/elsewhere KIT=folder GPU_ARGS="--only towers"
+# No environment of its own: a machine with a GPU may have no network, and brings torch and Triton (PYTHON=/path/to/it).
+# What it lacks is carried there in a kit.   make gpu OUT=/elsewhere KIT=folder GPU_ARGS="--only towers"
 KIT ?= .gpu-kit
 GPU  = PYTHONUNBUFFERED=1 PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 gpu-kit: ## with a network: what a machine with a GPU lacks, in one folder   PYTHON312=/path/to/python3.12
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu.kit --out $(KIT) $(if $(PYTHON312),--python $(PYTHON312))
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu.kit --out "$(KIT)" $(if $(PYTHON312),--python "$(PYTHON312)")
 
 gpu: ## on a machine with a GPU: the headline, checked and timed, in five and a half minutes
-	$(GPU) headline --kit $(KIT) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
+	$(GPU) headline --kit "$(KIT)" $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
 
 gpu-rest: ## after it: check every kernel, and time the rest, in four minutes
-	$(GPU) rest --kit $(KIT) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
+	$(GPU) rest --kit "$(KIT)" $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
 
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) $(KIT) $(KIT).new build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) "$(KIT)" "$(KIT).new" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f clipfast/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

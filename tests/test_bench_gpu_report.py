@@ -77,6 +77,15 @@ def test_a_table_has_ratios_the_floor_losses_and_what_was_not_timed(tmp_path):
     ) in text
 
 
+def test_who_was_timed_in_part_on_pytorch_is_marked(tmp_path):
+    why = "linear on PyTorch, since _linear_fwd_kernel: row 3 is wrong"
+    write(tmp_path, "a.csv", [row("clipfast", 0.5, note=why), row("openai-clip", 1.0)])
+    (tmp_path / "a.json").write_text(json.dumps({"notes": [f"towers: M image, batch 8: {why}"]}))
+    text = lines(tmp_path)
+    assert "| **clipfast** | **16**, in part on PyTorch |" in text
+    assert any(line.startswith("From [a.csv]") and why in line for line in text)
+
+
 def test_the_newest_run_counts_whole(tmp_path):
     write(tmp_path, "c-2026-01-01.csv", [row("clipfast", 1.0), row("peer", 2.0), row("gone", 4.0)])
     write(tmp_path, "c-2026-01-01-2.csv", [row("clipfast", 0.5), row("peer", 1.5)])

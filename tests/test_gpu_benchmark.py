@@ -267,7 +267,7 @@ def test_checks_share_their_work_and_leave_out_what_is_known(monkeypatch):
     made = new_run(stage="gate")
     assert [each.name for each in correctness._share(made, iter(found), made.budget, once=True)] == ["a", "b", "d"]
     # who cannot see what a check launches runs it, and nobody's share moves
-    shares, taken = [], []
+    taken = []
     for part in range(2):
         made = new_run(stage="gate")
         made.state.part, made.state.parts = part, 2

@@ -118,10 +118,10 @@ def find_python(given: str | None) -> str:
     command = given or f"python{PYTHON}"
     try:
         found = run([command, "-c", "import sys; print('{}.{}'.format(*sys.version_info))"], Path.cwd()).strip()
-    except LeftOut as why:
-        raise LeftOut(f"no Python {PYTHON} ({str(why)[:80]}); --python names one") from None
+    except LeftOut:
+        raise LeftOut(f"{command} does not run: name one with --python, or make gpu-kit PYTHON312=") from None
     if found != PYTHON:
-        raise LeftOut(f"needs Python {PYTHON}, and {command} is {found}; --python names one")
+        raise LeftOut(f"{command} is {found}, not {PYTHON}: name one with --python, or make gpu-kit PYTHON312=")
     return command
 
 

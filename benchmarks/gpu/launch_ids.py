@@ -20,6 +20,7 @@ import torch
 from benchmarks.gpu.plans import ROOT
 from benchmarks.gpu.run import Run
 from clipfast import dispatch, tuning
+from clipfast.bench.markdown import ON_PYTORCH
 from clipfast.kernels import library
 
 # what a check's verdict depends on besides its launches
@@ -160,7 +161,7 @@ def _instead(
         try:
             return ours(*arguments)
         except Condemned as why:
-            said[f"{operator} on PyTorch, since {why}"] = None
+            said[f"{operator} {ON_PYTORCH} {why}"] = None
             return theirs(*arguments)
 
     return run

@@ -189,7 +189,7 @@ def _beside(path: Path, link: str) -> Iterator[str]:
     cut = [f"{each['stage']} ({each['outcome']})" for each in found.get("stages", ()) if each["outcome"] != "done"]
     if cut:
         yield "Stages that did not end as planned: " + ", ".join(cut)
-    yield from (note for note in found.get("notes", ()) if "out of time" in note)
+    yield from (note for note in found.get("notes", ()) if "out of time" in note or markdown.ON_PYTORCH in note)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

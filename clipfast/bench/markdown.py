@@ -15,6 +15,8 @@ from clipfast.bench import peers
 from clipfast.bench.harness import Row
 
 TOWERS = {"image": "image", "text": "text", "both": "both towers", "train": "train step"}
+# in a note: an operator's launch was wrong on that GPU, and PyTorch ran it instead
+ON_PYTORCH = "on PyTorch, since"
 # shown where there is no figure
 STATUS = {"skipped": "out of time", "missing": "", "untimed": ""}
 
@@ -91,7 +93,7 @@ def _cell(row: Row | None, ours: Mapping[str, str], name: str) -> str:
         return STATUS.get(row["status"], row["status"])
     rate = three(float(row["samples_per_s"]))
     if name == peers.OURS:
-        return f"**{rate}**"
+        return f"**{rate}**" + (", in part on PyTorch" if ON_PYTORCH in (row.get("note") or "") else "")
     if not is_timed(ours):
         return rate
     about = ", approximate" if row["status"] == "approximate" else ""
