@@ -351,6 +351,7 @@ def run_checks(run: Run, found: Iterator[Check], budget: Budget, *, once: bool =
             key = launch_ids.key(check.name, needed, more=check.more)
             if key and key in run.state.proved:
                 known += 1
+                run.doing("")
                 continue
             run.doing(check.name, ids)
             count += 1

@@ -120,6 +120,7 @@ class Process:
         os.setsid()
         # an interrupt from the keyboard is for the process outside, which then ends this one
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         os.close(printed)

@@ -27,7 +27,7 @@ DRY = "dry run: no figure below means anything"
 #   measured ceilings, launch by launch; of_floor: floor_s / median_s.
 # vs_eager: times as fast as eager PyTorch (towers: openai/CLIP, where it is not installed transformers).
 # ours_is_faster: how many times as fast as this contestant clipfast is.
-# rel_rms, cos_gap_p99: errors against float64, of samples.   note: why there is no time.
+# rel_rms, cos_gap_p99: errors against float64, of samples.   note: why there is no time, or what of ours PyTorch ran.
 COLUMNS = (
     *("date", "commit", "gpu", "torch", "triton", "stage", "operator", "model", "shape", "batch", "captions", "dtype"),
     *("contestant", "status", "how", *harness.TIMES, *harness.TAIL, "gb_per_s", "tflops", "floor_s", "of_floor"),
