@@ -152,17 +152,17 @@ def test_the_gate_makes_every_launch_of_the_towers_that_are_timed():
     script = """
 import json
 from unittest import mock
-from benchmarks.gpu import correctness, tower_launches, problems
+from benchmarks.gpu import checks, tower_launches, problems
 
 problems.Maker.normal = lambda self, *shape, size=1.0: torch.empty(shape, dtype=self.dtype)
 problems.Maker.norm = lambda self, width: (torch.empty(width), torch.empty(width))
-correctness.HALVES = tower_launches.DTYPES = (torch.bfloat16,)
+checks.HALVES = tower_launches.DTYPES = (torch.bfloat16,)
 CPU = torch.device("cpu")
 with tower_launches.on_triton(), mock.patch.object(launch_ids, "can_see", return_value=True):
     found = compilation.collect(tower_launches.timed(), [90])
     towers = {launch_ids._id(x.module, x.kernel, 90, json.loads(x.specialization)): str(x) for x in found}
-    checks = [each for each in correctness.headline(CPU) if each.operator != "graphs"]
-    made = {launch.id for each in checks for launch in launch_ids.launches_of(each.prepare().launch, CPU)}
+    several = [each for each in checks.headline(CPU) if each.operator != "graphs"]
+    made = {launch.id for each in several for launch in launch_ids.launches_of(each.prepare().launch, CPU)}
 launches = sorted(towers.values())
 assert len(set(launches)) == len(launches) > 50
 for kernel in ("_linear_persistent_kernel", "_attention_tile_kernel", "_attention_stream_kernel"):
@@ -173,3 +173,26 @@ assert any("BLOCK128" in line for line in causal) and any("BLOCK32" in line for 
 print([name for id, name in towers.items() if id not in made])
 """
     assert compiled(script) == "[]\n"
+
+
+def test_every_configuration_is_checked():
+    """Every tile of every kernel that benchmarks/launches.py launches, for an sm_90, in bfloat16 and float32."""
+    script = """
+from benchmarks import launches
+from benchmarks.gpu import checks, tower_launches
+
+def tiles(cases):
+    return {(x.kernel, x.types, x.tile) for x in compilation.collect(cases, [90])}
+
+CPU = torch.device("cpu")
+launches.DTYPES = checks.DTYPES = (torch.bfloat16, torch.float32)
+launches.PRECISIONS = ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True))
+wanted = tiles(launches.CASES.values())
+with tower_launches.on_triton(), make.unfilled():
+    several = [x for x in checks.checks(CPU) if x.operator != "graphs" and not x.more]
+    found = tiles(x.prepare().launch for x in several)
+print(len(wanted) > 150, sorted(wanted - found))
+"""
+    # the loss's products are in half precision on a GPU alone, and then so are its gradients of the logits
+    on_a_gpu = [("_loss_gradients_kernel", "fp32/bf16", "M32 N64 w4 s3")]
+    assert compiled(script) == f"True {on_a_gpu}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
@@ -24,8 +22,8 @@ from clipfast.kernels import loss_tiles
 from clipfast.loss import ClipLoss, contrastive_loss
 
 from . import peers
-from .accuracy import assert_accurate
 from .backends import needs_triton
+from .losses import assert_all_right, features, peer_loss, with_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,41 +38,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tuning, "loss_side", lambda device: 7)
 
 
-def features(n, width, *, noise=1.0, dtype=torch.float32):
-    """Unit rows; the smaller the noise, the nearer the pairs."""
-    image = torch.randn(n, width)
-    text = image + noise * torch.randn(n, width)
-    return F.normalize(image, dim=1).to(dtype), F.normalize(text, dim=1).to(dtype)
-
-
-def peer_loss(image, text, scale, bias=None):
-    """PyTorch's own composition, as in open_clip."""
-    logits = scale * image @ text.T
-    logits = logits if bias is None else logits + bias
-    labels = torch.arange(len(image), device=image.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def with_gradients(loss, image, text, scale, *, of_loss=1.75, **options):
-    """[loss, gradients of the features and of scale], of `of_loss` times the loss."""
-    leaves = [copy.deepcopy(x).requires_grad_() for x in (image, text, scale)]
-    value = loss(*leaves, **options)
-    return [value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, of_loss))]
-
-
 def assert_right(image, text, scale, what=""):
     assert_all_right([(image, text)], scale, what)
-
-
-def assert_all_right(pairs, scale, what="", loss=contrastive_loss):
-    """The results of several batches together: the error of one loss is luck, and those of a row go together."""
-    batches = []
-    for image, text in pairs:
-        exact = with_gradients(reference.contrastive_loss, image.double(), text.double(), scale.double())
-        found, theirs = (with_gradients(f, image, text, scale) for f in (loss, peer_loss))
-        batches.append(zip(found, theirs, exact, strict=True))
-    for name, *several in zip(("loss", "image", "text", "scale"), *batches, strict=True):
-        assert_accurate(*map(torch.stack, zip(*several, strict=True)), what=f"{name} {what}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

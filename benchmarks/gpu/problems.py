@@ -60,10 +60,13 @@ def unfilled() -> Iterator[None]:
 
 
 class Maker:
-    """Random tensors on one device: activations and weights in one dtype, normalisations in float32."""
+    """Random tensors on one device: activations and weights in one dtype, normalisations in float32.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
+    whole: those, positions and the scale in that dtype too, as `model.to(dtype)` leaves them.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, whole: bool = False):
+        self.device, self.dtype, self.whole = device, dtype, whole
 
     def normal(self, *shape: int, size: float = 1.0) -> Tensor:
         if _unfilled:
@@ -75,7 +78,11 @@ class Maker:
 
     def norm(self, width: int) -> tuple[Tensor, Tensor]:
         noise = torch.randn(2, width, device=self.device) * 0.3
-        return 1 + noise[0], noise[1]
+        return self.wide(1 + noise[0]), self.wide(noise[1])
+
+    def wide(self, x: Tensor) -> Tensor:
+        """x, float32, as a model has what openai/CLIP does not round."""
+        return x.to(self.dtype) if self.whole else x
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:
@@ -116,14 +123,17 @@ def mlp(model: str, rows: int, width: int, batch: int, m: Maker) -> Problem:
     return Problem("mlp", model, f"{rows}x{width}", batch, m.dtype, works, make)
 
 
-def attention(model: str, lengths: Sequence[int], heads: int, m: Maker, *, causal: bool) -> Problem:
+def attention(
+    model: str, lengths: Sequence[int], heads: int, m: Maker, *, causal: bool, head_width: int = 64
+) -> Problem:
     def make() -> Case:
-        return Case("attention", (m.normal(sum(lengths), 3, heads, 64), _offsets(lengths)), {"causal": causal})
+        return Case("attention", (m.normal(sum(lengths), 3, heads, head_width), _offsets(lengths)), {"causal": causal})
 
     same = len(set(lengths)) == 1
     shape = f"L={lengths[0]}" if same else f"L<={max(lengths)}, mean {sum(lengths) / len(lengths):.3g}"
-    shape = f"{len(lengths)}x{heads} heads {shape}" + " causal" * causal
-    works = roofline.attention(lengths, 64 * heads, m.dtype.itemsize, causal=causal)
+    wide = "" if head_width == 64 else f" of {head_width}"
+    shape = f"{len(lengths)}x{heads} heads{wide} {shape}" + " causal" * causal
+    works = roofline.attention(lengths, head_width * heads, m.dtype.itemsize, causal=causal)
     return Problem("attention", model, shape, len(lengths), m.dtype, works, make)
 
 
@@ -158,9 +168,8 @@ def patch_embed(
             images = torch.randint(0, 256, images.shape, dtype=torch.uint8, device=m.device)
             options |= {"mean": torch.full((3,), 0.45, device=m.device), "std": torch.full((3,), 0.27, device=m.device)}
         weight = m.normal(width, 3, patch, patch, size=(3 * patch**2) ** -0.5)
-        return Case(
-            "patch_embed", (images, weight, m.norm(width)[1], torch.randn(1 + patches, width, device=m.device)), options
-        )
+        positions = m.wide(torch.randn(1 + patches, width, device=m.device))
+        return Case("patch_embed", (images, weight, m.norm(width)[1], positions), options)
 
     works = roofline.patch_embed(batch, patches, patch, width, 1 if uint8 else m.dtype.itemsize, m.dtype.itemsize)
     shape = f"{batch}x3x{size[0]}x{size[1]} P={patch}" + " uint8" * uint8 + " ln" * norm
@@ -177,7 +186,7 @@ def project(model: str, rows: int, width: int, embed_dim: int, m: Maker) -> Prob
 
 def logits(model: str, n_images: int, n_texts: int, width: int, m: Maker) -> Problem:
     def make() -> Case:
-        scale = torch.tensor(4.6, device=m.device)
+        scale = m.wide(torch.tensor(4.6, device=m.device))
         return Case("logits", (m.normal(n_images, width, size=3), m.normal(n_texts, width, size=0.1), scale))
 
     works = roofline.logits(n_images, n_texts, width, m.dtype.itemsize)

@@ -13,7 +13,7 @@ from clipfast.kernels.loss_tiles import Softmaxes
 from clipfast.loss import contrastive_loss
 
 from ..accuracy import assert_accurate
-from ..test_loss import assert_all_right, features, peer_loss, with_gradients
+from ..losses import assert_all_right, features, peer_loss, with_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
