@@ -376,6 +376,18 @@ def test_the_table_compares_with_the_best_that_is_right():
     assert line == ("encode_image ViT-B/32 b256 bfloat16", "transformers", "2", "4", "2.00", "50%")
 
 
+def test_only_those_are_compared_who_took_turns():
+    """A group that is timed again, beside compilers, is another contest: in a stage of its own or in the same."""
+    compiled = "openai-clip torch.compile"
+    for stage in ("towers", "compiled-image"):
+        first = [tower_row(OURS, 0.002), tower_row(OPENAI, 0.004)]
+        again = [tower_row(name, t, stage=stage) for name, t in ((OURS, 0.010), (OPENAI, 0.020), (compiled, 0.015))]
+        table = report.table(report._groups([*first, *again], towers=True), 1e3)
+        assert [line[1:5] for line in table] == [(OPENAI, "2", "4", "2.00"), (compiled, "10", "15", "1.50")]
+        assert table[1][0] == f"{table[0][0]} beside compilers"
+        assert [report.aim_line(aim, [*first, *again], None)[2] for aim in report.AIMS[:2]] == ["2.00x", "1.50x"]
+
+
 def test_aims_are_measured_or_said_not_to_be():
     aim = report.AIMS[0]
     rows = [tower_row(OURS, 0.002), tower_row("openai-clip torch.compile", 0.003)]

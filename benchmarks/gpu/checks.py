@@ -32,8 +32,6 @@ from tests.op_cases import Case
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # around every tile's size, and CLIP's own: images 50, 197, 257, 577, text 1 to 77
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 50, 63, 64, 65, 77, 96, 127, 128, 129, 145, 192, 193, 197, 208, 257, 320, 577)
-
-
 # of heads wider than 64: each block size
 WIDE_LENGTHS = (7, 20, 50, 130, 192, 197, 300)
 
@@ -64,6 +62,7 @@ def checks(device: torch.device, *, dry: bool = False) -> Iterator[Check]:
     for m in makers:
         yield from _of_problems(_at_real_shapes(m))
         yield from _of_gradients(_for_gradients(m))
+        yield from _of_gradients(_for_gradients_of_other_sizes(m))
         yield from _losses(m)
     for m in makers:
         yield from _native(m)
@@ -162,20 +161,22 @@ def _for_gradients(
     for size, patch, width in images:
         for uint8 in (False, True):
             yield make.patch_embed("", 3, size, patch, width, m, uint8=uint8)
-    if len(several) > 1:
-        for width in (192, *make.WIDTHS):
-            yield make.layer_norm("", 7, width, 7, m)
-        # tiles of 128 rows, and heads that are wider
-        for length in (197, 256):
-            yield make.attention("", [length] * 24, 3, m, causal=False)
-        for length, causal in itertools.product(WIDE_LENGTHS, (False, True)):
-            yield make.attention("", [length] * 3, 3, m, causal=causal, head_width=80)
+
+
+def _for_gradients_of_other_sizes(m: Maker) -> Iterator[Problem]:
+    """Other widths, tiles of 128 rows, and heads that are wider."""
+    for width in (192, *make.WIDTHS):
+        yield make.layer_norm("", 7, width, 7, m)
+    for length in (197, 256):
+        yield make.attention("", [length] * 24, 3, m, causal=False)
+    for length, causal in itertools.product(WIDE_LENGTHS, (False, True)):
+        yield make.attention("", [length] * 3, 3, m, causal=causal, head_width=80)
 
 
 def _losses(m: Maker) -> Iterator[Check]:
     """The contrastive loss and its gradients, in blocks of 16, of 64 and of 128 rows; several batches together."""
     for n, width, scale in ((1, 5, 14.3), (16, 64, 14.3), (130, 512, 30.0), (300, 129, 30.0), (1000, 512, 14.3)):
-        name = f"contrastive_loss {n}x{width} {str(m.dtype).removeprefix('torch.')}"
+        name = f"contrastive_loss {n}x{width} {m.dtype}"
 
         def prepare(n: int = n, width: int = width, scale: float = scale, name: str = name) -> Work:
             number = torch.tensor(scale, device=m.device)

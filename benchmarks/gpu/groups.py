@@ -19,7 +19,6 @@ LEAST_ROUNDS, ROUNDS_SECONDS = 5, 2.0
 # torch.compile records its CUDA graph in the second call and replays it from the third
 COMPILER_WARMUP = 2
 
-
 # of a dry run, and of the check of graphs
 TINY = {
     **ARCHITECTURES["ViT-B/32"],
@@ -176,11 +175,11 @@ def forecast(name: str) -> list[tuple[str, float]]:
 
 def _parts(groups: list[Group]) -> Iterator[tuple[str, float]]:
     before = None
-    for (model, dtype), same in itertools.groupby(groups, key=_shared):
+    for (model, _), same in itertools.groupby(groups, key=_shared):
         several = list(same)
         if several[0].tower != "train":  # counted in its own
             yield (
-                f"{model} {str(dtype).removeprefix('torch.')}: weights, models",
+                f"{model} {several[0].dtype_name}: weights, models",
                 building(model, drawn=before == model),
             )
         yield from ((group.title(), estimate(group)) for group in several)

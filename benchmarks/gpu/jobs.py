@@ -1,9 +1,10 @@
-"""Programs that run beside a stage, each with its output in a log."""
+"""Programs that run beside a stage, each with its output in a log, and where CUDA's are."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.gpu.plans import ROOT
+
+
+def on_path(name: str) -> str | None:
+    """A tool of CUDA, also where it is installed but not on the PATH."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or shutil.which(name, path=f"{home}/bin")
 
 
 class Job:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import cache, kit
+from benchmarks.gpu.jobs import on_path
 
 # of the GPU machine
 PYTHON, TRITON, ARCHITECTURE = "3.12", "3.6.0", 90
@@ -84,7 +84,6 @@ def wheels(root: Path, out: Path, left_out: dict[str, str]) -> Part:
     return {
         "files": [file.relative_to(out).as_posix() for file in files],
         "purpose": f"the peers: {names}",
-        "sources": hashlib.sha256(names.encode()).hexdigest(),
     }
 
 
@@ -93,8 +92,7 @@ def wheels(root: Path, out: Path, left_out: dict[str, str]) -> Part:
 
 
 def library(root: Path, name: str, purpose: str, compiler: str, out: Path, left_out: dict[str, str]) -> Part:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    tools = {tool: shutil.which(tool) or shutil.which(tool, path=f"{home}/bin") for tool in ("cmake", compiler)}
+    tools = {tool: on_path(tool) for tool in ("cmake", compiler)}
     if missing := [tool for tool, path in tools.items() if path is None]:
         raise LeftOut(f"{' and '.join(missing)} not found")
     build = root / "build" / "gpu-kit" / name.partition(".")[0]

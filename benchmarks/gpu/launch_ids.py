@@ -67,6 +67,10 @@ def launches_of(call: Callable[[], Any], device: torch.device) -> list[Launch]:
     ]
 
 
+def ids_of(call: Callable[[], Any], device: torch.device) -> list[str]:
+    return [launch.id for launch in launches_of(call, device)]
+
+
 def _id(module: str, kernel: str, architecture: int, specialization: dict[str, Any]) -> str:
     # Triton's own key repeats the rest, in another form from version to version
     known = {name: value for name, value in specialization.items() if name != "key"}

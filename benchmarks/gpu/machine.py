@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.jobs import on_path
 from benchmarks.gpu.plans import ROOT
 from benchmarks.gpu.run import Run
 from clipfast import tuning
 from clipfast.bench import ceilings as measured
-from clipfast.bench import environment as process
 from clipfast.bench.budget import Budget
+from clipfast.bench.environment import environment as shared_facts
 from clipfast.bench.environment import nvidia_smi, output
 from clipfast.bench.harness import significant
 from clipfast.kernels import library, native
@@ -30,7 +30,7 @@ def raise_if_lost(device: torch.device) -> None:
 
 def facts(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the code. No host name, no user, no path."""
-    shared = process.environment()
+    shared = shared_facts()
     found = {name: shared[name] for name in ("date", "clipfast", "commit", "python", "torch", "cpu")}
     found |= {
         "platform": platform.machine(),
@@ -65,12 +65,6 @@ def nvcc_version() -> str:
     path = on_path("nvcc")
     found = re.search(r"release [\d.]+, V([\d.]+)", output(path, "--version")) if path else None
     return found[1] if found else ""
-
-
-def on_path(name: str) -> str | None:
-    """A tool of CUDA, also where it is installed but not on the PATH."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(name) or shutil.which(name, path=f"{home}/bin")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

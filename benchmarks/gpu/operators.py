@@ -9,18 +9,18 @@ import torch
 
 from benchmarks.gpu import launch_ids, machine, operator_contestants, timing
 from benchmarks.gpu import problems as make
+from benchmarks.gpu.groups import SHORT, WHOLE
 from benchmarks.gpu.launch_ids import Condemned
 from benchmarks.gpu.operator_contestants import EAGER, OURS, Contestant
 from benchmarks.gpu.problems import Maker, Problem
 from benchmarks.gpu.run import Run, rates, ratios
 from clipfast import roofline
-from clipfast.bench import harness, workload
+from clipfast.bench import harness
 from clipfast.bench.budget import Budget
 from clipfast.bench.harness import Row, significant
 from tests.op_cases import Case
 
 ROUNDS = 15
-SHORT, WHOLE = workload.Captions(8, 24), workload.Captions(77, 77)
 # what torch.compile gets of the stage's time, after everything else; each of its problems is tuned for many seconds
 COMPILE_SHARE = 0.35
 COMPILE_ESTIMATE = 12.0
@@ -122,7 +122,7 @@ def _accepted(run: Run, problem: Problem, people: list[Contestant], rows: dict[s
 
 def _launches(each: Contestant, case: Case, device: torch.device) -> list[str]:
     """Ids of what a contestant launches, to blame."""
-    return [launch.id for launch in launch_ids.launches_of(each.prepare(case), device)]
+    return launch_ids.ids_of(each.prepare(case), device)
 
 
 def _prepared(

@@ -32,6 +32,7 @@ from triton.runtime import build
 
 from benchmarks import compilation
 from benchmarks.gpu import cache, kit, tower_launches
+from benchmarks.gpu.kit_parts import ARCHITECTURE
 from clipfast import tuning
 
 
@@ -52,7 +53,7 @@ class Driver(compilation.Driver):
         return lambda *_: None
 
 
-def make_launches(cases: Iterable[Callable[[], None]], architecture: int = tower_launches.ARCHITECTURE) -> Driver:
+def make_launches(cases: Iterable[Callable[[], None]], architecture: int = ARCHITECTURE) -> Driver:
     """Makes the calls with a driver that launches nothing; Triton compiles, or finds in its cache, as on a GPU."""
     made = Driver(architecture)
     triton.runtime.driver.set_active(made)
@@ -64,7 +65,7 @@ def make_launches(cases: Iterable[Callable[[], None]], architecture: int = tower
 
 def fill(cases: Iterable[Callable[[], None]], processes: int) -> dict[str, Any]:
     with tower_launches.on_triton():
-        launches = compilation.collect(cases, [tower_launches.ARCHITECTURE])
+        launches = compilation.collect(cases, [ARCHITECTURE])
     if processes == 1:
         entries = [*map(_compile, launches)]
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks.gpu.evidence import Evidence
 from benchmarks.gpu.operator_contestants import OPENAI, OURS
@@ -13,6 +13,7 @@ from benchmarks.gpu.run import DRY
 from benchmarks.gpu.stages import Stage, forecast
 from clipfast.bench import output
 from clipfast.bench.harness import Row
+from clipfast.bench.markdown import turns
 
 MOST_OPERATORS = 40
 MOST_FAILURES = 12
@@ -49,15 +50,13 @@ _IS_PEER: dict[str, Callable[[str], bool]] = {
 }
 
 
-def _groups(rows: Iterable[Row], *, towers: bool) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """Rows by what they measured; of a contestant that was timed twice the later one, beside its own peers."""
-    found: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        if "contestant" in row and row["stage"] != "tune" and towers == _is_tower(row):
-            names = ("stage", "operator", "model", "shape", "batch", "captions", "dtype")
-            key = tuple(row.get(name, "") for name in names)
-            found.setdefault(key, {})[row["contestant"]] = row
-    return found
+_SHARED = ("operator", "model", "shape", "batch", "captions", "dtype")
+
+
+def _groups(rows: Iterable[Row], *, towers: bool) -> list[dict[str, Row]]:
+    """Contestant -> row, of each time that contestants took turns."""
+    chosen = [row for row in rows if "contestant" in row and row["stage"] != "tune" and towers == _is_tower(row)]
+    return [{row["contestant"]: row for row in several} for several in turns(chosen, ("stage", *_SHARED))]
 
 
 def _is_tower(row: Row) -> bool:
@@ -75,20 +74,25 @@ def ratio(group: dict[str, Row], peer: Row | None) -> str:
     return f"{peer['median_s'] / ours['median_s']:.2f}" if peer is not None and "median_s" in ours else "-"
 
 
-def table(
-    groups: dict[tuple[Any, ...], dict[str, Row]], scale: float, most: int | None = None
-) -> list[tuple[str, ...]]:
+def table(groups: list[dict[str, Row]], scale: float, most: int | None = None) -> list[tuple[str, ...]]:
     lines = []
-    for key, group in list(groups.items())[:most]:
-        stage, operator, model, shape, batch, captions, dtype = key
+    for group in groups[:most]:
         ours, peer = group.get(OURS, {"status": "-"}), best_peer(group)
-        compiled = "beside compilers" if stage.startswith("compiled") else ""
-        what = " ".join(str(part) for part in (operator, model, shape, f"b{batch}", captions, dtype, compiled) if part)
+        what = " ".join(part for part in (*_about(group), "beside compilers" * _has_compilers(group)) if part)
         share = output.cell(ours, "of_floor", ".0%")
         time = output.cell(ours, "median_s", ".4g", scale) if ours["status"] == "ok" else ours["status"]
         theirs = output.cell(peer or {}, "median_s", ".4g", scale)
         lines.append((what, peer["contestant"] if peer else "-", time, theirs, ratio(group, peer), share))
     return lines
+
+
+def _about(group: dict[str, Row]) -> list[str]:
+    first = next(iter(group.values()))
+    return [f"b{first[name]}" if name == "batch" else str(first.get(name, "")) for name in _SHARED]
+
+
+def _has_compilers(group: dict[str, Row]) -> bool:
+    return any(name.endswith("compile") for name in group)
 
 
 def aim_line(aim: Aim, rows: list[Row], copy: float | None) -> tuple[str, str, str, str]:
@@ -106,13 +110,11 @@ def aim_line(aim: Aim, rows: list[Row], copy: float | None) -> tuple[str, str, s
     else:
         what, goal = f"{about}, against {aim.peer}", f"{aim.factor:g}x"
         found = None
-        timed = [row for row in rows if _is(aim, row) and "median_s" in row and row["status"] == "ok"]
-        # of several stages the last that timed both, since only those took turns
-        for stage in dict.fromkeys(row["stage"] for row in timed):
-            group = [row for row in timed if row["stage"] == stage]
-            ours = [row["median_s"] for row in group if row["contestant"] == OURS]
-            theirs = [row["median_s"] for row in group if _IS_PEER[aim.peer](row["contestant"])]
-            found = min(theirs) / ours[-1] if ours and theirs else found
+        # the last time that both took turns
+        for group in _groups([row for row in rows if _is(aim, row)], towers=True):
+            timed = {name: r["median_s"] for name, r in group.items() if r["status"] == "ok" and "median_s" in r}
+            theirs = [seconds for name, seconds in timed.items() if _IS_PEER[aim.peer](name)]
+            found = min(theirs) / timed[OURS] if OURS in timed and theirs else found
         text = f"{found:.2f}x" if found is not None else "-"
     verdict = "not measured" if found is None else "reached" if found >= aim.factor else "MISSED"
     return what, goal, text, verdict

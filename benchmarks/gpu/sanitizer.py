@@ -16,8 +16,7 @@ import torch
 import clipfast
 from benchmarks.errors import WITH_GRADIENTS, gradients
 from benchmarks.gpu import problems as make
-from benchmarks.gpu.jobs import Job
-from benchmarks.gpu.machine import on_path
+from benchmarks.gpu.jobs import Job, on_path
 from benchmarks.gpu.operator_contestants import OURS, of
 from benchmarks.gpu.problems import Maker, Problem
 from benchmarks.gpu.run import Run

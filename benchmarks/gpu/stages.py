@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from benchmarks.gpu import groups
 from benchmarks.gpu.plans import MINUTES, PLANS, START
 from benchmarks.gpu.run import Run
 from clipfast.bench.budget import Budget
@@ -85,8 +86,8 @@ def function(name: str) -> Function:
 def forecast(stage: Stage) -> list[tuple[str, float]]:
     """(what, seconds) of a stage's parts in order, on an H100: arithmetic, from what earlier runs took."""
     if stage.module == "towers":
-        return importlib.import_module("benchmarks.gpu.groups").forecast(stage.name)
-    return list(_PARTS.get(stage.name, ()))
+        return groups.forecast(stage.name)
+    return list(_PARTS[stage.name])
 
 
 # From h100-80gb-hbm3-2026-11-28_compiled.txt and _correctness.txt in benchmarks/results: the ceilings took 1 s beside

@@ -129,10 +129,10 @@ class Supervisor:
     def _watch(self, stage: Stage, budget: Budget) -> Outcome:
         outcomes: list[Outcome] = []
         state = self.evidence.state
-        tried: list[str] = []  # checks that are over, whatever came of them
+        state.tried = []
 
         def start(part: int) -> Process:
-            state.part, state.parts, state.tried = part, stage.processes, tried
+            state.part, state.parts = part, stage.processes
             return Process(body, stage.name, state, max(MARGIN, budget.left() - MARGIN), fresh=self.fresh)
 
         def take(process: Process, kind: str, value: Any) -> None:
@@ -142,10 +142,10 @@ class Supervisor:
             else:
                 self.evidence.record(stage.name, kind, value)
                 if kind == "wrong":
-                    tried.append(process.doing)
+                    state.tried.append(process.doing)
                     self.say(stage.name, f"WRONG: {value[0]}")
                 elif kind == "proved":
-                    tried.append(value[1])
+                    state.tried.append(value[1])
                 elif kind == "note":
                     self.say(stage.name, value)
 
@@ -159,7 +159,7 @@ class Supervisor:
             # the check that ended it is wrong, and the others of its share go on in a clean process
             self.evidence.fail(f"{process.doing}: {outcome}", process.launches)
             self.say(stage.name, f"WRONG: {process.doing}: {outcome}")
-            tried.append(process.doing)
+            state.tried.append(process.doing)
             return None if out_of_time else start(process.part)
 
         watch(

@@ -21,7 +21,6 @@ from clipfast.bench import workload
 from clipfast.kernels import library
 from clipfast.model import CLIP, convert_weights
 
-ARCHITECTURE = 90
 DTYPES = (torch.bfloat16, torch.float16)
 
 

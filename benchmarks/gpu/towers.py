@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu import groups as grouped
 from benchmarks.gpu import launch_ids, machine, tower_contestants
-from benchmarks.gpu.groups import COMPILED, TRAIN, Group, estimate, forecast
+from benchmarks.gpu.groups import COMPILED, TRAIN, Group
 from benchmarks.gpu.run import Run, rates, ratios
 from benchmarks.gpu.tower_contestants import OPENAI, OURS, Field
 from clipfast import roofline
@@ -27,8 +27,6 @@ from clipfast.bench import contest, harness, peers, training, workload
 from clipfast.bench.budget import Budget
 from clipfast.bench.harness import Row
 from clipfast.bench.peers import openclip
-
-__all__ = ["COMPILED", "compiled", "estimate", "forecast", "stage", "train"]
 
 # kept of a stage with compilers, to time those that are compiled
 TIMED_SECONDS = 10.0
@@ -66,7 +64,7 @@ def _measure(run: Run, groups: Sequence[Group], budget: Budget) -> None:
     for (model, dtype), same in itertools.groupby(groups, key=lambda group: (group.model, group.dtype)):
         field: Field | None = None
         for group in same:
-            expected = estimate(group) + (0 if field else grouped.building(model))
+            expected = grouped.estimate(group) + (0 if field else grouped.building(model))
             # as fast or slow as this machine was so far
             pace = budget.spent() / (grouped.STARTING + planned) if planned else 0.0
             if not run.dry and not budget.allows(pace * expected):

@@ -119,8 +119,8 @@ def best_linear(run: Run, problem: Problem, configs: list[LinearConfig], budget:
             prepared[name] = timing.prepare(calls, repeats, run.device)
             by_name[name] = config
         except AssertionError as error:
-            wrong = launch_ids.launches_of(functools.partial(make.run_linear, cases[0], config), run.device)
-            run.fail(str(error)[:300], [launch.id for launch in wrong])
+            wrong = launch_ids.ids_of(functools.partial(make.run_linear, cases[0], config), run.device)
+            run.fail(str(error)[:300], wrong)
         except Exception as error:  # too much shared memory, registers: this one is not to be had
             machine.raise_if_lost(run.device)
             run.say(f"{name}: {harness.reason(error)}")

@@ -59,16 +59,8 @@ def read(folder: Path) -> list[Contest]:
 
 
 def contests(rows: Iterable[Row]) -> Iterator[Contest]:
-    """Rows that follow each other in a file and share their group are one, until a contestant comes again."""
     names = ("file", "gpu", "model", "operator", "captions", "dtype", "batch")
-    for _, same in itertools.groupby(rows, lambda row: [row[name] for name in names]):
-        found: dict[str, Row] = {}
-        for row in same:
-            if row["contestant"] in found:
-                yield _contest(list(found.values()))
-                found = {}
-            found[row["contestant"]] = row
-        yield _contest(list(found.values()))
+    return map(_contest, markdown.turns(rows, names))
 
 
 def _contest(rows: list[Row]) -> Contest:

@@ -7,6 +7,7 @@ must hold one measurement, in which all contestants took turns.
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,18 @@ def is_timed(row: Mapping[str, str]) -> bool:
 def has_answer(row: Mapping[str, str]) -> bool:
     """Timed, or known to be wrong or to fail: no other file says more."""
     return row["status"] not in STATUS
+
+
+def turns(rows: Iterable[Row], shared: Sequence[str]) -> Iterator[list[Row]]:
+    """Contestants that took turns: rows that follow each other and share these columns, until somebody comes again."""
+    for _, same in itertools.groupby(rows, lambda row: [row.get(name, "") for name in shared]):
+        found: dict[str, Row] = {}
+        for row in same:
+            if row["contestant"] in found:
+                yield list(found.values())
+                found = {}
+            found[row["contestant"]] = row
+        yield list(found.values())
 
 
 def three(value: float) -> str:
