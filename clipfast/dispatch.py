@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from clipfast import compat, reference, tuning
-from clipfast.kernels import cpu_attention, cpu_library, cpu_linear, eager, eager_gradients, library, native, onednn
+from clipfast.kernels import (
+    cpu_attention,
+    cpu_library,
+    cpu_linear,
+    eager,
+    eager_gradients,
+    kept,
+    library,
+    native,
+    onednn,
+)
 from clipfast.kernels.loss_autograd import contrastive_loss
 
 OPERATORS = ("layer_norm", "linear", "mlp", "attention", "attention_pool", "patch_embed", "project", "logits")
@@ -256,7 +266,7 @@ def prepack(weights: Iterable[Tensor], enable: bool = True) -> None:
 
     Raises: ValueError for a weight made in inference mode.
     """
-    (onednn.keep if enable else onednn.forget)(weights)
+    (kept.keep if enable else kept.forget)(weights)
 
 
 def forced() -> str | None:

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 3
+#define CLIPFAST_CPU_ABI_VERSION 4
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -61,7 +61,7 @@ typedef struct clipfast_cpu_attention_args {
 typedef struct clipfast_cpu_linear_args {
     int64_t struct_size;  /* sizeof(clipfast_cpu_linear_args) */
     const void *x;        /* [rows, terms] of dtype, contiguous like all of these */
-    const void *weight;   /* [columns, terms] */
+    const void *weight;   /* [columns, terms]; or what clipfast_cpu_pack made of it, if packed */
     const void *bias;     /* [columns], or null for none */
     const void *residual; /* [rows, columns], or null for none */
     void *out;            /* [rows, columns] */
@@ -70,9 +70,23 @@ typedef struct clipfast_cpu_linear_args {
     int64_t terms;
     int32_t dtype;        /* clipfast_cpu_dtype */
     int32_t activation;   /* clipfast_cpu_activation */
+    int32_t packed;       /* not 0: by clipfast_cpu_pack, for the same dtype and instructions */
     int32_t threads;      /* OpenMP's, at most */
     int32_t instructions; /* clipfast_cpu_instructions */
 } clipfast_cpu_linear_args;
+
+/* A weight in the order in which clipfast_cpu_linear multiplies it, so that no call has to turn it. */
+typedef struct clipfast_cpu_pack_args {
+    int64_t struct_size; /* sizeof(clipfast_cpu_pack_args) */
+    const void *weight;  /* [columns, terms] of dtype, contiguous */
+    void *packed;        /* of *bytes bytes, 64-byte aligned; or null: nothing is packed */
+    void *bytes;         /* an int64_t: how many that takes */
+    int64_t columns;
+    int64_t terms;
+    int32_t dtype;        /* clipfast_cpu_dtype */
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+} clipfast_cpu_pack_args;
 
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in
  * these instructions. A form without instructions for bfloat16 multiplies float32 for it.
@@ -98,8 +112,11 @@ CLIPFAST_CPU_API const char *clipfast_cpu_error_text(int code);
 /* Softmax attention of packed rows; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_attention(const clipfast_cpu_attention_args *args);
 
-/* A linear layer, made for few rows; returns when it is done. */
+/* A linear layer; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_linear(const clipfast_cpu_linear_args *args);
+
+/* Packs a weight; returns when it is done. */
+CLIPFAST_CPU_API int clipfast_cpu_pack(const clipfast_cpu_pack_args *args);
 
 /* The loop of fused multiply-adds; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_peak(const clipfast_cpu_peak_args *args);

@@ -5,6 +5,7 @@
 #define CLIPFAST_DECLARE(form)                                                  \
     int clipfast_cpu_attention_##form(const clipfast_cpu_attention_args &args); \
     int clipfast_cpu_linear_##form(const clipfast_cpu_linear_args &args);       \
+    int clipfast_cpu_pack_##form(const clipfast_cpu_pack_args &args);           \
     int clipfast_cpu_peak_##form(const clipfast_cpu_peak_args &args);
 CLIPFAST_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -54,6 +55,11 @@ bool valid(const clipfast_cpu_linear_args &args) {
             (args.out != nullptr && (args.terms == 0 || (args.x != nullptr && args.weight != nullptr))));
 }
 
+bool valid(const clipfast_cpu_pack_args &args) {
+    return args.columns >= 0 && args.terms >= 0 && args.bytes != nullptr &&
+           (args.packed == nullptr || args.columns == 0 || args.terms == 0 || args.weight != nullptr);
+}
+
 bool valid(const clipfast_cpu_peak_args &args) { return args.steps >= 0 && args.flops != nullptr; }
 
 // forms: by number, from CLIPFAST_CPU_BASELINE on
@@ -95,5 +101,7 @@ int clipfast_cpu_attention(const clipfast_cpu_attention_args *args) {
 }
 
 int clipfast_cpu_linear(const clipfast_cpu_linear_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_linear)); }
+
+int clipfast_cpu_pack(const clipfast_cpu_pack_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_pack)); }
 
 int clipfast_cpu_peak(const clipfast_cpu_peak_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_peak)); }

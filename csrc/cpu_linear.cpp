@@ -1,24 +1,210 @@
 // A linear layer on a CPU, compiled once for each instruction set (CMakeLists.txt).
 //
-// The weight stays as it is, [columns, terms]: a library that wants it in an order of its own copies it in each call.
-#include "cpu_linear_few.h"
-#include "cpu_linear_many.h"
+// A product as Goto and van de Geijn (2008) and BLIS order it. All threads copy rows of x beside one another, a chain of
+// terms after the other. Then each makes panels of the weight, and multiplies all those rows by a panel in its first
+// cache while the weight's next columns are on their way from memory. The same for one row as for a thousand: where rows
+// are few, reading the weight is the work, and that goes on meanwhile. Nothing stays, unless the weight was packed before.
+#include <atomic>
+#include <cstdlib>
+#include <omp.h>
+
+#include "cpu_panels.h"
 
 namespace {
 
-// rows up to which it is few: measured on an AMD Zen 5
+// rows whose sums with a panel are in registers together: 6 x 2 of 16, 12 x 2 of 32
+constexpr int TALL = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;
+constexpr int64_t GROUP = 64;   // columns, at most, that one task multiplies
+constexpr int64_t PART = 256;   // rows, at most: a chain of them, and their sums, stay in the second cache
+constexpr int64_t BLOCK = 1024; // rows, at most, that are copied before they are multiplied
+
+// to[R][GROUP] = (or +=) x[R][steps] . panel[ACROSS][steps][LANES]; rows of x are CHAIN apart
+template <typename T, int R>
+__attribute__((noinline)) void tile(const uint32_t *x, const uint32_t *panel, int64_t steps, float *to, bool add,
+                                    Ahead &ahead) {
+    typedef typename Stepped<T>::Type Type;
+    Floats sums[R][ACROSS] = {};
+    for (int64_t i = 0; i < steps; i += UNROLLED) {
+        ahead.turn();
+#pragma GCC unroll 8
+        for (int j = 0; j < UNROLLED; j++) {
+            Terms<Type> column[ACROSS];
+            for (int v = 0; v < ACROSS; v++)
+                column[v] = Terms<Type>::load(reinterpret_cast<const Type *>(panel + (v * steps + i + j) * LANES));
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                const Terms<Type> row = {Words{} + x[r * CHAIN + i + j]};
+                for (int v = 0; v < ACROSS; v++) add_product(sums[r][v], row, column[v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < ACROSS; v++) {
+            float *const place = to + r * GROUP + v * LANES;
+            store(place, add ? load(place) + sums[r][v] : sums[r][v]);
+        }
+}
+
+template <typename T, int R = TALL>
+inline void tile_of(int64_t rows, const uint32_t *x, const uint32_t *panel, int64_t steps, float *to, bool add,
+                    Ahead &ahead) {
+    if constexpr (R > 1)
+        if (rows < R) return tile_of<T, R - 1>(rows, x, panel, steps, to, add, ahead);
+    tile<T, R>(x, panel, steps, to, add, ahead);
+}
+
+// Rows of x, copied: [chains][count][CHAIN].
+struct Rows {
+    int64_t first, count; // of all rows
+    const uint32_t *x;
+    int64_t chain; // words from one to the next
+};
+
 template <typename T>
-constexpr int64_t FEW = sizeof(T) == 4 ? 256 : 96;
+struct Product {
+    const clipfast_cpu_linear_args &args;
+    const Chains<T> chains;
+    const int64_t groups;
+
+    explicit Product(const clipfast_cpu_linear_args &args) : args(args), chains(args.terms), groups(groups_of(args)) {}
+
+    // as many for each thread, if there are so many
+    static int64_t groups_of(const clipfast_cpu_linear_args &args) {
+        const int64_t panels = panels_in(args.columns), most = GROUP / PANEL;
+        return least(panels, up((panels + most - 1) / most, args.threads));
+    }
+
+    int64_t first(int64_t group) const { return panels_in(args.columns) * group / groups; }
+    int64_t columns(int64_t panel) const { return least(args.columns - panel * PANEL, PANEL); }
+
+    const char *weight(int64_t panel, int64_t chain) const {
+        const char *const weight = static_cast<const char *>(args.weight);
+        if (args.packed) return weight + 4 * PANEL * (panel * chains.all_words() + chain * chains.length);
+        return weight + panel * PANEL * chains.bytes + 4 * chain * chains.length;
+    }
+
+    // the panel as `tile` reads it, at `memory` if it is not there already
+    const uint32_t *made(int64_t panel, int64_t chain, uint32_t *memory) const {
+        const char *const from = weight(panel, chain);
+        const int64_t words = chains.words_of(chain);
+        if (!args.packed)
+            make_panel<WIDENS<T>>(from, chains.bytes, columns(panel), chains.bytes_of(chain), words, memory);
+        else if (WIDENS<T>)
+            widen_panel(reinterpret_cast<const uint32_t *>(from), words, memory);
+        else
+            return reinterpret_cast<const uint32_t *>(from);
+        return memory;
+    }
+
+    // what is to be asked for in `turns` turns
+    Ahead ahead(int64_t panel, int64_t chain, int64_t turns) const {
+        if (args.packed) return Ahead(weight(panel, chain), 1, 0, 4 * PANEL * chains.words_of(chain), turns);
+        return Ahead(weight(panel, chain), columns(panel), chains.bytes, chains.bytes_of(chain), turns);
+    }
+
+    // the panels of one group times some rows of x
+    // next: the group whose weight is asked for meanwhile, or -1.   memory: for a panel.   sums: [rows.count][GROUP]
+    void multiply(int64_t group, int64_t next, const Rows &rows, uint32_t *memory, float *sums) const {
+        const int64_t begin = first(group), end = first(group + 1), tiles = (rows.count + TALL - 1) / TALL;
+        for (int64_t chain = 0; chain < chains.count; chain++) {
+            const int64_t steps = chains.words_of(chain) * STEPS<T>, turns = tiles * steps / UNROLLED;
+            const bool last = chain + 1 == chains.count;
+            for (int64_t p = begin; p < end; p++) {
+                const uint32_t *const panel = made(p, chain, memory);
+                Ahead asked = p + 1 < end ? ahead(p + 1, chain, turns)
+                              : !last     ? ahead(begin, chain + 1, turns)
+                              : next >= 0 ? ahead(first(next), 0, turns)
+                                          : Ahead(nullptr, 0, 0, 0, 1);
+                float *const place = sums + (p - begin) * PANEL;
+                for (int64_t t = 0; t < tiles; t++) {
+                    const int64_t from = rows.count * t / tiles, to = rows.count * (t + 1) / tiles;
+                    if (last) expect(p, rows.first + from, to - from);
+                    const uint32_t *const x = rows.x + chain * rows.chain + from * CHAIN;
+                    tile_of<T>(to - from, x, panel, steps, place + from * GROUP, chain > 0, asked);
+                }
+                if (last) finish(p, rows.first, rows.count, place);
+            }
+        }
+    }
+
+    // asks for what `finish` will read and write
+    void expect(int64_t panel, int64_t row, int64_t rows) const {
+        for (int64_t r = row; r < row + rows; r++)
+            for (int64_t i = 0; i < PANEL; i += LINE / int64_t(sizeof(T))) {
+                const int64_t place = r * args.columns + panel * PANEL + i;
+                __builtin_prefetch(static_cast<T *>(args.out) + place, 1, 3);
+                if (args.residual != nullptr) __builtin_prefetch(static_cast<const T *>(args.residual) + place, 0, 3);
+            }
+    }
+
+    void finish(int64_t panel, int64_t row, int64_t rows, const float *sums) const {
+        const Finish<T> finished(args);
+        const int64_t column = panel * PANEL, n = columns(panel);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < n; c += LANES) finished(load(sums + r * GROUP + c), row + r, column + c, n - c);
+    }
+
+    // rows of x from `row` on, by all threads together
+    void copy_rows(int64_t row, int64_t rows, uint32_t *to) const {
+        const char *const from = static_cast<const char *>(args.x) + row * chains.bytes;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < chains.count; c++)
+                copy_row<T>(from + r * chains.bytes + 4 * c * chains.length, chains.bytes_of(c),
+                            chains.words_of(c) * STEPS<T>, to + (c * rows + r) * CHAIN);
+    }
+};
+
+// how many parts of rows: few enough for the second cache, and with `groups` of columns enough tasks for all threads
+inline int64_t parts_of(int64_t rows, int64_t groups, int64_t threads) {
+    const int64_t large = (rows + PART - 1) / PART, small = (rows + 4 * TALL - 1) / (4 * TALL);
+    const int64_t wanted = (4 * threads + groups - 1) / groups;
+    return large > wanted ? large : least(small, wanted);
+}
 
 template <typename T>
 int linear(const clipfast_cpu_linear_args &args) {
     if (args.rows == 0 || args.columns == 0) return CLIPFAST_CPU_OK;
-    const bool whole_words = args.terms > 0 && args.terms % IN_A_WORD<T> == 0;
-    return args.rows <= FEW<T> || !whole_words ? few_rows<T>(args) : many_rows<T>(args);
+    const Product<T> product(args);
+    const int64_t blocks = (args.rows + BLOCK - 1) / BLOCK, most = (args.rows + blocks - 1) / blocks;
+    const int64_t of_x = product.chains.count * most * CHAIN, of_thread = PANEL * CHAIN + most * GROUP;
+    uint32_t *const x = static_cast<uint32_t *>(aligned_alloc(LINE, up(4 * (of_x + args.threads * of_thread), LINE)));
+    if (x == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
+    std::atomic<int64_t> taken{0};
+#pragma omp parallel num_threads(args.threads)
+    {
+        uint32_t *const memory = x + of_x + omp_get_thread_num() * of_thread;
+        float *const sums = reinterpret_cast<float *>(memory + PANEL * CHAIN);
+        int64_t task = taken++, start = 0;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t row = args.rows * block / blocks, rows = args.rows * (block + 1) / blocks - row;
+            const int64_t parts = parts_of(rows, product.groups, args.threads), end = start + parts * product.groups;
+            product.copy_rows(row, rows, x);
+            while (task < end) {
+                // taken when this one begins, so that its weight can be asked for
+                const int64_t next = taken++, part = (task - start) / product.groups;
+                const int64_t from = rows * part / parts, to = rows * (part + 1) / parts;
+                product.multiply((task - start) % product.groups, next < end ? (next - start) % product.groups : -1,
+                                 Rows{row + from, to - from, x + from * CHAIN, rows * CHAIN}, memory, sums);
+                task = next;
+            }
+            start = end;
+            if (block + 1 < blocks) {
+#pragma omp barrier
+            }
+        }
+    }
+    free(x);
+    return CLIPFAST_CPU_OK;
 }
 
 } // namespace
 
 int CLIPFAST_IN_THIS_FORM(clipfast_cpu_linear)(const clipfast_cpu_linear_args &args) {
     return args.dtype == CLIPFAST_CPU_BFLOAT16 ? linear<uint16_t>(args) : linear<float>(args);
+}
+
+int CLIPFAST_IN_THIS_FORM(clipfast_cpu_pack)(const clipfast_cpu_pack_args &args) {
+    return args.dtype == CLIPFAST_CPU_BFLOAT16 ? pack<uint16_t>(args) : pack<float>(args);
 }

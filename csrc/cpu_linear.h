@@ -56,6 +56,18 @@ inline void add_product(Floats &sum, const Terms<uint16_t> &a, const Terms<uint1
 #endif
 }
 
+// what one step of a product multiplies: T, or float32 for a bfloat16 that was widened before
+template <typename T>
+struct Stepped {
+    typedef T Type;
+};
+#if !defined(__AVX512BF16__)
+template <>
+struct Stepped<uint16_t> {
+    typedef float Type;
+};
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // From sums to results
 
@@ -93,16 +105,13 @@ Floats activated(Floats x, int activation) {
 template <typename T>
 struct Finish {
     const clipfast_cpu_linear_args &args;
-    int64_t column, n;
-    Floats bias;
 
-    Finish(const clipfast_cpu_linear_args &args, int64_t column, int64_t n) : args(args), column(column), n(n), bias{} {
-        if (args.bias != nullptr) bias = load_some(static_cast<const T *>(args.bias) + column, n);
-    }
+    explicit Finish(const clipfast_cpu_linear_args &args) : args(args) {}
 
-    inline __attribute__((always_inline)) void operator()(Floats sums, int64_t row) const {
+    inline __attribute__((always_inline)) void operator()(Floats sums, int64_t row, int64_t column, int64_t n) const {
         const int64_t place = row * args.columns + column;
-        sums = activated(sums + bias, args.activation);
+        if (args.bias != nullptr) sums += load_some(static_cast<const T *>(args.bias) + column, n);
+        sums = activated(sums, args.activation);
         if (args.residual != nullptr) sums += load_some(static_cast<const T *>(args.residual) + place, n);
         store_some(static_cast<T *>(args.out) + place, sums, n);
     }

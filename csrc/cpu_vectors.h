@@ -6,7 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -107,29 +107,43 @@ Floats across_lanes(Floats x, Join join) {
     }
 }
 
-// lanes of a register and of the one STEP rows below it after their squares of STEP x STEP changed places
-template <int STEP>
-constexpr Places exchanged(bool below) {
-    Places places{};
-    for (int i = 0; i < LANES; i++)
-        places.of[i] = below ? (i & STEP ? LANES + i : i + STEP) : (i & STEP ? LANES + i - STEP : i);
-    return places;
-}
+// What is transposed at a time, SQUARE words each way: registers of 16 take longer for a word than those of 8.
+constexpr int SQUARE = LANES < 8 ? 4 : 8;
+typedef uint32_t Row __attribute__((vector_size(4 * SQUARE)));
 
-// rows and columns of LANES registers change places
-template <int STEP = LANES / 2>
-inline void transpose(Words rows[LANES]) {
-    if constexpr (STEP > 0) {
-        static constexpr Places above = exchanged<STEP>(false), below = exchanged<STEP>(true);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            if (i & STEP) continue;
-            const Words a = rows[i], b = rows[i + STEP];
-            rows[i] = __builtin_shuffle(a, b, above.vector());
-            rows[i + STEP] = __builtin_shuffle(a, b, below.vector());
-        }
-        transpose<STEP / 2>(rows);
+// Of each four lanes of a and b the first two, or the last two, in turn: lane by lane, or pair by pair.
+#if defined(__AVX2__)
+// by name: with AVX-512 GCC 12 would take a slower instruction, which permutes anything
+inline Row first_lanes(Row a, Row b) { return (Row)_mm256_unpacklo_epi32((__m256i)a, (__m256i)b); }
+inline Row last_lanes(Row a, Row b) { return (Row)_mm256_unpackhi_epi32((__m256i)a, (__m256i)b); }
+inline Row first_pairs(Row a, Row b) { return (Row)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b); }
+inline Row last_pairs(Row a, Row b) { return (Row)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b); }
+#else
+inline Row first_lanes(Row a, Row b) { return __builtin_shuffle(a, b, Row{0, 4, 1, 5}); }
+inline Row last_lanes(Row a, Row b) { return __builtin_shuffle(a, b, Row{2, 6, 3, 7}); }
+inline Row first_pairs(Row a, Row b) { return __builtin_shuffle(a, b, Row{0, 1, 4, 5}); }
+inline Row last_pairs(Row a, Row b) { return __builtin_shuffle(a, b, Row{2, 3, 6, 7}); }
+#endif
+
+// rows and columns of SQUARE registers change places: within each four lanes first, then the fours
+inline void transpose(Row rows[SQUARE]) {
+#pragma GCC unroll 2
+    for (int i = 0; i < SQUARE; i += 4) {
+        const Row a = first_lanes(rows[i], rows[i + 1]), b = last_lanes(rows[i], rows[i + 1]);
+        const Row c = first_lanes(rows[i + 2], rows[i + 3]), d = last_lanes(rows[i + 2], rows[i + 3]);
+        rows[i] = first_pairs(a, c);
+        rows[i + 1] = last_pairs(a, c);
+        rows[i + 2] = first_pairs(b, d);
+        rows[i + 3] = last_pairs(b, d);
     }
+#if defined(__AVX2__)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m256i a = (__m256i)rows[i], b = (__m256i)rows[i + 4];
+        rows[i] = (Row)_mm256_permute2x128_si256(a, b, 0x20);
+        rows[i + 4] = (Row)_mm256_permute2x128_si256(a, b, 0x31);
+    }
+#endif
 }
 
 // exp(x) for x <= 0, and 0 below -87: Cody and Waite's reduction, a polynomial of degree 6. NaN stays NaN

@@ -14,7 +14,7 @@ from torch import nn
 
 import clipfast
 from clipfast import dispatch, ops
-from clipfast.kernels import onednn
+from clipfast.kernels import cpu_linear, kept, onednn
 
 from .accuracy import assert_accurate
 from .clips import RESNET, VIT, assert_same, convert, encode, make_exact, make_images, make_texts, make_trio
@@ -24,31 +24,43 @@ from .test_weights import EDITS, IMAGES, TEXTS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def _onednn(request, monkeypatch):
-    """oneDNN multiplies, as where our library is missing, or where many rows are bfloat16."""
-    monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: "left out of this test")
+@pytest.fixture(autouse=True, params=["cpu", "onednn"])
+def products(request, monkeypatch):
+    """The backend whose products read the layouts: ours, or oneDNN as where our library is missing."""
+    dtype = request.getfixturevalue("dtype") if "dtype" in request.fixturenames else torch.float32
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_library")
+        if dtype == torch.float16:
+            pytest.skip("cpu: has no float16 products")
+        # for any number of rows
+        monkeypatch.setattr(dispatch.tuning, "onednn_is_better", lambda *facts: None)
+    else:
+        monkeypatch.setattr(dispatch.cpu_library, "missing", lambda: "left out of this test")
     monkeypatch.setattr(dispatch, "_decisions", {})
     # it is kept for the process: what is decided here is no other test's
     monkeypatch.setattr(dispatch, "_usual_backend", functools.cache(dispatch._usual_backend.__wrapped__))
-    dtype = request.getfixturevalue("dtype") if "dtype" in request.fixturenames else torch.float32
-    reason = dispatch._onednn_refuses("linear", dispatch.Call("cpu", dtype))
+    reason = dispatch._onednn_refuses("linear", dispatch.Call("cpu", dtype)) if request.param == "onednn" else None
     if reason is not None:
         pytest.skip(f"onednn: {reason}")
+    return request.param
 
 
 @pytest.fixture
 def layouts(monkeypatch):
-    """How many layouts have been made to be kept."""
+    """The layouts that have been made to be kept."""
     made = []
-    plain = onednn._layout
 
-    def counted(weight, rows):
-        if rows is None:
+    def count(module, name):
+        plain = getattr(module, name)
+
+        def counted(weight, *arguments):
             made.append(weight.shape)
-        return plain(weight, rows)
+            return plain(weight, *arguments)
 
-    monkeypatch.setattr(onednn, "_layout", counted)
+        monkeypatch.setattr(module, name, counted)
+
+    count(onednn, "_kept_layout")
+    count(cpu_linear, "pack")
     return made
 
 
@@ -74,11 +86,11 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("rows", [0, 1, 16, 65, 600])
 @pytest.mark.parametrize("name", CASES)
-def test_operators_round_as_little_as_ever(name, rows, dtype, layouts):
+def test_operators_round_as_little_as_ever(name, rows, dtype, products, layouts):
     torch.manual_seed(0)
     case = CASES[name](rows).map(lambda x: x.to(dtype))
-    onednn.keep(_matrices(case))
-    with torch.no_grad(), clipfast.backend("onednn"):
+    kept.keep(_matrices(case))
+    with torch.no_grad(), clipfast.backend(products):
         for _ in range(2):
             for got, peer, exact in zip(case.ours(), case.peer(), case.exact(), strict=True):
                 assert_accurate(got, peer, exact, what=name)
@@ -114,7 +126,7 @@ def test_an_edit_that_is_counted_is_seen_by_the_next_call(name):
         assert_same(trio, encode(IMAGES, TEXTS), what=name)
 
 
-def test_layouts_are_made_once_and_again_after_an_edit(layouts):
+def test_layouts_are_made_once_and_again_after_an_edit(products, layouts):
     model = clipfast.CLIP(*VIT).eval().prepack_weights()
     with torch.no_grad():
         model(IMAGES, TEXTS)
@@ -130,7 +142,8 @@ def test_layouts_are_made_once_and_again_after_an_edit(layouts):
             model(IMAGES, TEXTS)
         finally:
             torch.set_float32_matmul_precision("highest")
-        assert len(layouts) == 23 + 22, "chains are whole there"
+        # oneDNN's chains are whole there
+        assert len(layouts) == 23 + (22 if products == "onednn" else 0)
 
 
 def test_training_goes_on_as_ever():
@@ -149,22 +162,22 @@ def test_training_goes_on_as_ever():
 
 
 def test_memory_goes_with_the_model_or_when_told():
-    def kept():
+    def count():
         gc.collect()
-        return len(onednn._kept)
+        return len(kept._kept)
 
-    before = kept()
+    before = count()
     model = clipfast.CLIP(*VIT).eval().prepack_weights()
     with torch.no_grad():
         model(IMAGES, TEXTS)
-    packed = weakref.ref(onednn._kept[model.transformer.resblocks[0].mlp.c_fc.weight])
-    assert kept() == before + 6 * 4
+    packed = weakref.ref(kept._kept[model.transformer.resblocks[0].mlp.c_fc.weight])
+    assert count() == before + 6 * 4
     assert model.prepack_weights(False) is model
-    assert kept() == before and packed() is None
+    assert count() == before and packed() is None
     model.prepack_weights(False)
     model.prepack_weights()
     del model
-    assert kept() == before
+    assert count() == before
 
 
 def test_copies_start_without():
@@ -175,7 +188,7 @@ def test_copies_start_without():
         torch.save(model, stream)
         stream.seek(0)
         for other in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
-            assert not any(parameter in onednn._kept for parameter in other.parameters())
+            assert not any(parameter in kept._kept for parameter in other.parameters())
             torch.testing.assert_close(other(IMAGES, TEXTS)[0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -184,7 +197,7 @@ def test_weights_made_in_inference_mode_are_refused():
         model = clipfast.CLIP(*VIT).eval()
     with pytest.raises(ValueError, match="made in inference mode"):
         model.prepack_weights()
-    assert not any(parameter in onednn._kept for parameter in model.parameters())
+    assert not any(parameter in kept._kept for parameter in model.parameters())
 
 
 def test_a_module_that_is_replaced_is_called():
@@ -195,13 +208,13 @@ def test_a_module_that_is_replaced_is_called():
         assert (model.encode_text(TEXTS) - before).abs().max() > 1e-3
 
 
-def test_operators_ask_for_it_too():
+def test_operators_ask_for_it_too(products):
     weight = torch.randn(8, 12)
     x = torch.randn(3, 12)
     dispatch.prepack([weight])
-    with torch.no_grad():
+    with torch.no_grad(), clipfast.backend(products):
         first = ops.linear(x, weight)
         weight.neg_()
         torch.testing.assert_close(ops.linear(x, weight), -first)
     dispatch.prepack([weight], False)
-    assert weight not in onednn._kept
+    assert weight not in kept._kept

@@ -41,7 +41,18 @@ class LinearArgs(Structure):
         ("struct_size", c_int64),
         *((name, c_void_p) for name in ("x", "weight", "bias", "residual", "out")),
         *((name, c_int64) for name in ("rows", "columns", "terms")),
-        *((name, c_int32) for name in ("dtype", "activation", "threads", "instructions")),
+        *((name, c_int32) for name in ("dtype", "activation", "packed", "threads", "instructions")),
+    ]
+
+
+class PackArgs(Structure):
+    """clipfast_cpu_pack_args"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        *((name, c_void_p) for name in ("weight", "packed", "bytes")),
+        *((name, c_int64) for name in ("columns", "terms")),
+        *((name, c_int32) for name in ("dtype", "threads", "instructions")),
     ]
 
 
@@ -58,11 +69,12 @@ class PeakArgs(Structure):
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
-    3,  # CLIPFAST_CPU_ABI_VERSION
+    4,  # CLIPFAST_CPU_ABI_VERSION
     {
         "clipfast_cpu_best": (c_int, ()),
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),
         "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
+        "clipfast_cpu_pack": (c_int, (POINTER(PackArgs),)),
         "clipfast_cpu_peak": (c_int, (POINTER(PeakArgs),)),
     },
     switch="CLIPFAST_CPU",

@@ -1,8 +1,8 @@
 """Linear layers on a CPU in C++ (csrc/cpu_linear.cpp), and the operators made of them.
 
 oneDNN wants the weights in an order of its own and copies them in each call, which for one image or a few captions is
-most of the time, and on a CPU that is not Intel's MKL runs float32 at AVX2 speed. Here the weights are read as they
-are. Beside both on one machine: `python -m benchmarks.linear`.
+most of the time, and on a CPU that is not Intel's MKL runs float32 at AVX2 speed. Here a few columns at a time are put
+in order, in the cache, while the next are read. Beside both on one machine: `python -m benchmarks.linear`.
 """
 
 from __future__ import annotations
@@ -14,29 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.kernels import eager, library
-from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LinearArgs, form, pointer, run, threads
+from clipfast.kernels import eager, kept, library
+from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LinearArgs, PackArgs, form, pointer, run, threads
 from clipfast.packing import Rows
 
 
 def _linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, instructions: str
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    instructions: str,
 ) -> Tensor:
     if not (x.dtype == weight.dtype == (x if residual is None else residual).dtype):
         raise TypeError(f"x is {x.dtype}, weight {weight.dtype}: they and the residual must have one dtype")
     columns, terms = weight.shape
-    x, weight = x.contiguous(), weight.contiguous()
+    x, read = x.contiguous(), weight.contiguous() if packed is None else packed
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty(*x.shape[:-1], columns)
     args = LinearArgs(
         ctypes.sizeof(LinearArgs),
-        *(pointer(tensor) for tensor in (x, weight, bias, residual, out)),
+        *(pointer(tensor) for tensor in (x, read, bias, residual, out)),
         out.numel() // max(1, columns),
         columns,
         terms,
         DTYPES[x.dtype],
         ACTIVATIONS[activation],
+        packed is not None,
         threads(),
         form(instructions),
     )
@@ -45,17 +52,44 @@ def _linear_fwd(
 
 
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, instructions: str
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    instructions: str,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
 _linear = library.define(
-    "cpu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, str instructions) -> Tensor",
+    "cpu_linear(Tensor x, Tensor weight, Tensor? packed, Tensor? bias, Tensor? residual, str activation, "
+    "str instructions) -> Tensor",
     _linear_fwd,
     _fake,
     devices=("CPU",),
 )
+
+
+def pack(weight: Tensor, instructions: str) -> Tensor:
+    """A weight [N, K], float32 or bfloat16, in the order in which `linear` reads it: bytes, uint8.
+
+    Only the form of these instructions can read it. It takes as much memory as the weight, and as N and K filled up to
+    multiples of 32 columns and 8 words, at most.
+    Raises: as `linear`.
+    """
+    weight = weight.detach().contiguous()
+    size = ctypes.c_int64()
+
+    def call(to: Tensor | None) -> None:
+        sizes = (*weight.shape, DTYPES[weight.dtype], threads(), form(instructions))
+        run("pack", PackArgs(ctypes.sizeof(PackArgs), pointer(weight), pointer(to), ctypes.addressof(size), *sizes))
+
+    call(None)
+    packed = torch.empty(size.value, dtype=torch.uint8)
+    call(packed)
+    return packed
 
 
 def linear(
@@ -69,13 +103,14 @@ def linear(
     """activation(x @ weight.T + bias) + residual, summed in float32 and rounded once.
 
     x: [..., K].   weight: [N, K].   bias: [N] or None.   residual: [..., N] or None.   All float32 or all bfloat16, on
-    a CPU; copied if not contiguous.
+    a CPU; copied if not contiguous. What `kept.keep` was asked to keep of the weight is packed once.
     activation:   None, "quick_gelu" or "gelu".
     instructions: "best", or "baseline", "avx2", "avx512", "avx512_bf16" to force one.
     Returns: [..., N], dtype of x.
     Raises:  RuntimeError if the library is missing or this CPU has not the instructions, TypeError if dtypes differ.
     """
-    return _linear(x, weight, bias, residual, activation or "none", instructions)
+    packed = kept.layout(weight, pack, instructions)
+    return _linear(x, weight, packed, bias, residual, activation or "none", instructions)
 
 
 # `clipfast.ops.mlp` and `patch_embed` without gradients; dtypes as `linear`'s

@@ -2,24 +2,22 @@
 
 On an AVX-512 CPU that is not Intel's, MKL's float32 product runs at AVX2 speed: 190 against 430 GFLOP/s here (AMD EPYC,
 Zen 5, two cores, torch 2.13, 2026-11; `python -m benchmarks.linear`). The weights stay the parameters themselves:
-nothing is folded or packed ahead, so an edit of any kind, even through `.data`, is seen by the next call. `keep` gives
-that up for the weights it is called with, whose layout stays from call to call.
+nothing is folded or packed ahead, so an edit of any kind, even through `.data`, is seen by the next call. `kept.keep`
+gives that up for the weights it is called with, whose layout stays from call to call.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from clipfast import compat
-from clipfast.kernels import eager
+from clipfast.kernels import eager, kept
 
 # A float32 product sums at most this many terms in one chain; longer ones are cut, and the parts added. A single chain
 # over K = 2,048 rounds twice as much as MKL's product, and a text tower 1.5 times as much as openai/CLIP's. Cut at 256
@@ -57,53 +55,9 @@ def _layout(weight: Tensor, rows: int | None) -> Layout:
     return Layout(step, parts)
 
 
-class _Kept:
-    """The layout of one weight, made at its first product and again when the weight is seen to be another."""
-
-    def __init__(self) -> None:
-        self.last: tuple[tuple, Layout] | None = None
-
-    def layout(self, weight: Tensor) -> Layout:
-        now = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, torch.get_float32_matmul_precision())
-        last = self.last
-        if last is None or last[0] != now:
-            self.last = last = (now, _layout(weight.float() if weight.dtype == torch.float16 else weight, None))
-        return last[1]
-
-
-# by the parameter itself, and gone with it
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _stepped(optimiser: Optimizer, *_: Any) -> None:
-    """PyTorch does not count what its fused optimisers change (torch 2.13)."""
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            if (kept := _kept.get(parameter)) is not None:
-                kept.last = None
-
-
-_watch_optimisers = functools.cache(functools.partial(register_optimizer_step_post_hook, _stepped))
-
-
-def keep(weights: Iterable[Tensor]) -> None:
-    """Keep the layout of these weights [N, K] from now on, in memory of its own: as much again as the weights.
-
-    Optimisers and every edit that PyTorch counts (copy_, load_state_dict, another tensor as `.data`) are followed. One
-    in place through `.data`, or through NumPy, is not, until this is called again.
-    Raises: ValueError for a weight made in inference mode, whose edits PyTorch does not count.
-    """
-    weights = list(weights)
-    if any(weight.is_inference() for weight in weights):
-        raise ValueError("weights made in inference mode cannot be kept packed: PyTorch does not count their edits")
-    _watch_optimisers()
-    _kept.update({weight: _Kept() for weight in weights})
-
-
-def forget(weights: Iterable[Tensor]) -> None:
-    """Keep nothing of these weights."""
-    for weight in weights:
-        _kept.pop(weight, None)
+def _kept_layout(weight: Tensor, precision: str) -> Layout:
+    """precision: what torch.get_float32_matmul_precision says, on which the layout depends."""
+    return _layout(weight.float() if weight.dtype == torch.float16 else weight, None)
 
 
 class Product:
@@ -112,8 +66,9 @@ class Product:
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
         # a strided bias is read as if it were not
         self.bias = None if bias is None else bias.contiguous()
-        kept: _Kept | None = _kept.get(weight) if _kept else None
-        self.step, self.weights = _layout(weight, rows) if kept is None else kept.layout(weight)
+        precision = torch.get_float32_matmul_precision()
+        layout: Layout = kept.layout(weight, _kept_layout, precision) or _layout(weight, rows)
+        self.step, self.weights = layout
 
     def __call__(self, x: Tensor, post: str = "none", form: str = "", add: Tensor | None = None) -> Tensor:
         """x: [M, K].   post, form: oneDNN's name of the activation, fused.   add: [M, N], added instead of one."""
@@ -146,7 +101,8 @@ def _widened(position: int) -> Callable[[Operator], Operator]:
             if arguments[position].dtype != torch.float16:
                 return operator(*arguments)
             halves = (
-                isinstance(value, Tensor) and value.dtype == torch.float16 and value not in _kept for value in arguments
+                isinstance(value, Tensor) and value.dtype == torch.float16 and not kept.is_kept(value)
+                for value in arguments
             )
             wide = (value.float() if half else value for value, half in zip(arguments, halves, strict=True))
             return operator(*wide).half()

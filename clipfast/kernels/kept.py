@@ -1,0 +1,73 @@
+"""Weights that are laid out once and kept so, for those who ask for it: `clipfast.CLIP.prepack_weights`.
+
+Nothing derived from a parameter may outlive a change of it. A layout is made at the first product that wants it, and
+again when the weight is seen to be another: by its version, which PyTorch counts up at each edit, or by its storage.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class _Kept:
+    """The layouts of one weight, each by the function that makes it, with what it was made from."""
+
+    def __init__(self) -> None:
+        self.layouts: dict[Callable[..., Any], tuple[tuple[Hashable, ...], Any]] = {}
+
+
+# by the parameter itself, and gone with it
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _stepped(optimiser: Optimizer, *_: Any) -> None:
+    """PyTorch does not count what its fused optimisers change (torch 2.13)."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            if (kept := _kept.get(parameter)) is not None:
+                kept.layouts.clear()
+
+
+_watch_optimisers = functools.cache(functools.partial(register_optimizer_step_post_hook, _stepped))
+
+
+def keep(weights: Iterable[Tensor]) -> None:
+    """Keep the layouts of these weights [N, K] from now on, in memory of their own: each as much again as the weight.
+
+    Optimisers and every edit that PyTorch counts (copy_, load_state_dict, another tensor as `.data`) are followed. One
+    in place through `.data`, or through NumPy, is not, until this is called again.
+    Raises: ValueError for a weight made in inference mode, whose edits PyTorch does not count.
+    """
+    weights = list(weights)
+    if any(weight.is_inference() for weight in weights):
+        raise ValueError("weights made in inference mode cannot be kept packed: PyTorch does not count their edits")
+    _watch_optimisers()
+    _kept.update({weight: _Kept() for weight in weights})
+
+
+def forget(weights: Iterable[Tensor]) -> None:
+    """Keep nothing of these weights."""
+    for weight in weights:
+        _kept.pop(weight, None)
+
+
+def is_kept(weight: Tensor) -> bool:
+    return bool(_kept) and weight in _kept
+
+
+def layout(weight: Tensor, make: Callable[..., Any], *arguments: Hashable) -> Any:
+    """make(weight, *arguments), made now or before; None if nothing of this weight is kept."""
+    kept: _Kept | None = _kept.get(weight) if _kept else None
+    if kept is None:
+        return None
+    now = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, *arguments)
+    last = kept.layouts.get(make)
+    if last is None or last[0] != now:
+        kept.layouts[make] = last = (now, make(weight, *arguments))
+    return last[1]

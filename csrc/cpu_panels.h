@@ -1,0 +1,170 @@
+// Panels of a weight and chains of rows, in the order in which csrc/cpu_linear.cpp multiplies them.
+//
+// A panel is some columns of the weight over a chain of its terms, transposed: [ACROSS][steps][LANES columns], small enough
+// for the first cache. What a step multiplies is a word: one float32, or two bfloat16 if the CPU multiplies those.
+#ifndef CLIPFAST_CPU_PANELS_H
+#define CLIPFAST_CPU_PANELS_H
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu_linear.h"
+
+namespace {
+
+constexpr int ACROSS = 2; // registers
+constexpr int PANEL = ACROSS * LANES;
+// steps that are summed in one chain: longer ones would round more, the sooner where each product rounds too
+constexpr int64_t CHAIN = LANES == 4 ? 32 : 192;
+constexpr int64_t UNROLLED = 8; // steps; the words of a chain are filled up with zeros to a multiple of them
+constexpr int64_t LINE = 64;    // bytes that come from memory together
+
+// a word of memory, 4 bytes, is one step, or two of bfloat16 that is widened
+template <typename T>
+constexpr int64_t STEPS = WIDENS<T> ? 2 : 1;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// How the words of a row are cut into chains of nearly one length.
+template <typename T>
+struct Chains {
+    int64_t bytes, words;  // of a row in memory
+    int64_t length, count; // words of a chain, and how many there are; one without words if there are no terms
+
+    explicit Chains(int64_t terms) : bytes(terms * int64_t(sizeof(T))), words((bytes + 3) / 4) {
+        const int64_t most = CHAIN / STEPS<T>;
+        length = up(ratio(words, ratio(words, most)), UNROLLED);
+        count = words == 0 ? 1 : ratio(words, length);
+    }
+
+    static int64_t ratio(int64_t n, int64_t by) { return by == 0 ? 0 : (n + by - 1) / by; }
+    int64_t bytes_of(int64_t chain) const { return least(bytes - 4 * chain * length, 4 * length); }
+    int64_t words_of(int64_t chain) const { return up(least(words - chain * length, length), UNROLLED); }
+    int64_t all_words() const { return up(words, UNROLLED); }
+};
+
+// Lines of memory that are asked for in turns: `bytes` bytes of `rows` rows that are `stride` bytes apart.
+struct Ahead {
+    const char *at;
+    int64_t stride, lines, left, of_row, each;
+
+    Ahead(const void *from, int64_t rows, int64_t stride, int64_t bytes, int64_t turns)
+        : at(static_cast<const char *>(from)), stride(stride), lines((bytes + LINE - 1) / LINE), left(rows * lines),
+          of_row(lines), each(turns == 0 ? 0 : (left + turns - 1) / turns) {}
+
+    inline __attribute__((always_inline)) void turn() {
+        for (int64_t i = 0; i < each && left > 0; i++, left--) {
+            __builtin_prefetch(at, 0, 2);
+            at += LINE;
+            if (--of_row == 0) {
+                at += stride - lines * LINE;
+                of_row = lines;
+            }
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// From rows of the weight to a panel, and from rows of x to a block
+
+// a transposed register of words, which is one step; or two, of bfloat16 that is widened
+template <bool WIDEN>
+inline void put(uint32_t *to, Row words) {
+    if constexpr (WIDEN) {
+        const Row first = words << 16, second = words & 0xffff0000u;
+        memcpy(to, &first, sizeof first);
+        memcpy(to + LANES, &second, sizeof second);
+    } else {
+        memcpy(to, &words, sizeof words);
+    }
+}
+
+// SQUARE words of SQUARE rows -> SQUARE steps, or (widened) twice as many
+template <bool WIDEN>
+inline __attribute__((always_inline)) void turn_square(const char *from, int64_t stride, uint32_t *to) {
+    Row rows[SQUARE];
+#pragma GCC unroll 8
+    for (int i = 0; i < SQUARE; i++) memcpy(&rows[i], from + i * stride, sizeof rows[i]);
+    transpose(rows);
+#pragma GCC unroll 8
+    for (int i = 0; i < SQUARE; i++) put<WIDEN>(to + i * (WIDEN ? 2 : 1) * LANES, rows[i]);
+}
+
+// `bytes` bytes of `columns` rows of the weight -> a panel of `words` words, or (widened) of twice as many steps; zeros in
+// columns and terms that there are not
+template <bool WIDEN>
+void make_panel(const char *weight, int64_t stride, int64_t columns, int64_t bytes, int64_t words, uint32_t *to) {
+    for (int64_t first = 0; first < PANEL; first += SQUARE) {
+        uint32_t *const place = to + first / LANES * LANES * words * (WIDEN ? 2 : 1) + first % LANES;
+        const int64_t n = least(columns - first, SQUARE), whole = n == SQUARE ? bytes / (4 * SQUARE) * SQUARE : 0;
+        const char *const rows = weight + first * stride;
+        for (int64_t word = 0; word < whole; word += SQUARE)
+            turn_square<WIDEN>(rows + 4 * word, stride, place + word * (WIDEN ? 2 : 1) * LANES);
+        for (int64_t word = whole; word < words; word += SQUARE) {
+            char some[SQUARE][4 * SQUARE] = {};
+            const int64_t left = least(bytes - 4 * word, 4 * SQUARE);
+            for (int64_t i = 0; i < n && left > 0; i++) memcpy(some[i], rows + i * stride + 4 * word, left);
+            turn_square<WIDEN>(some[0], 4 * SQUARE, place + word * (WIDEN ? 2 : 1) * LANES);
+        }
+    }
+}
+
+// the same of a panel that was made before, and not widened
+void widen_panel(const uint32_t *packed, int64_t words, uint32_t *to) {
+    for (int64_t i = 0; i < words * PANEL; i += SQUARE) {
+        Row row;
+        memcpy(&row, packed + i, sizeof row);
+        put<true>(to + i / LANES * 2 * LANES + i % LANES, row);
+    }
+}
+
+// one chain of a row of x
+template <typename T>
+void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
+    if constexpr (WIDENS<T>) {
+        int64_t i = 0;
+        for (; 2 * i < bytes; i += LANES) {
+            const int64_t n = bytes / 2 - i < LANES ? bytes / 2 - i : LANES;
+            store(reinterpret_cast<float *>(to) + i, load_some(reinterpret_cast<const uint16_t *>(from) + i, n));
+        }
+        for (; i < steps; i++) to[i] = 0;
+    } else {
+        memcpy(to, from, bytes);
+        memset(reinterpret_cast<char *>(to) + bytes, 0, 4 * steps - bytes);
+    }
+}
+
+inline int64_t panels_in(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
+
+// Asks for pages of 2 MiB where memory is new: a weight has thousands of small ones, more than a CPU keeps the places of.
+inline void use_large_pages(void *memory, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t first = up(reinterpret_cast<uintptr_t>(memory), 4096), end = reinterpret_cast<uintptr_t>(memory) + bytes;
+    if (first < end) madvise(reinterpret_cast<void *>(first), (end - first) / 4096 * 4096, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+// args.bytes; and args.packed, if it is not null: [panels][chains][ACROSS][words][LANES], filled up with zeros
+template <typename T>
+int pack(const clipfast_cpu_pack_args &args) {
+    const Chains<T> chains(args.terms);
+    const int64_t panels = panels_in(args.columns), words = chains.all_words() * PANEL;
+    *static_cast<int64_t *>(args.bytes) = 4 * panels * words;
+    if (args.packed == nullptr) return CLIPFAST_CPU_OK;
+    use_large_pages(args.packed, 4 * panels * words);
+#pragma omp parallel for schedule(static) num_threads(args.threads)
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t c = 0; c < chains.count; c++)
+            make_panel<false>(static_cast<const char *>(args.weight) + panel * PANEL * chains.bytes + 4 * c * chains.length,
+                              chains.bytes, args.columns - panel * PANEL, chains.bytes_of(c), chains.words_of(c),
+                              static_cast<uint32_t *>(args.packed) + panel * words + c * chains.length * PANEL);
+    return CLIPFAST_CPU_OK;
+}
+
+} // namespace
+
+#endif
