@@ -9,6 +9,8 @@
 #include <stdint.h>
 
 #define CLIPFAST_CPU_ABI_VERSION 4
+/* bytes that clipfast_cpu_read reads at a time */
+#define CLIPFAST_CPU_READ_BLOCK 1024
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -100,6 +102,16 @@ typedef struct clipfast_cpu_peak_args {
     int32_t instructions; /* clipfast_cpu_instructions */
 } clipfast_cpu_peak_args;
 
+/* A buffer read once, each thread its own part, for a benchmark to time: what is only read comes no faster. */
+typedef struct clipfast_cpu_read_args {
+    int64_t struct_size;  /* sizeof(clipfast_cpu_read_args) */
+    const void *data;     /* anything; may be null if bytes is 0 */
+    int64_t bytes;        /* a multiple of CLIPFAST_CPU_READ_BLOCK */
+    int64_t ahead;        /* bytes between what is read and what is asked for; 0: left to the CPU */
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+} clipfast_cpu_read_args;
+
 /* CLIPFAST_CPU_ABI_VERSION of the built library. */
 CLIPFAST_CPU_API int clipfast_cpu_abi_version(void);
 
@@ -120,6 +132,9 @@ CLIPFAST_CPU_API int clipfast_cpu_pack(const clipfast_cpu_pack_args *args);
 
 /* The loop of fused multiply-adds; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_peak(const clipfast_cpu_peak_args *args);
+
+/* Reads a buffer; returns when it is done. */
+CLIPFAST_CPU_API int clipfast_cpu_read(const clipfast_cpu_read_args *args);
 
 #ifdef __cplusplus
 }

@@ -6,7 +6,8 @@
     int clipfast_cpu_attention_##form(const clipfast_cpu_attention_args &args); \
     int clipfast_cpu_linear_##form(const clipfast_cpu_linear_args &args);       \
     int clipfast_cpu_pack_##form(const clipfast_cpu_pack_args &args);           \
-    int clipfast_cpu_peak_##form(const clipfast_cpu_peak_args &args);
+    int clipfast_cpu_peak_##form(const clipfast_cpu_peak_args &args);           \
+    int clipfast_cpu_read_##form(const clipfast_cpu_read_args &args);
 CLIPFAST_DECLARE(baseline)
 #if defined(__x86_64__)
 CLIPFAST_DECLARE(avx2)
@@ -44,29 +45,35 @@ int best() {
 bool known(int dtype) { return dtype == CLIPFAST_CPU_FLOAT32 || dtype == CLIPFAST_CPU_BFLOAT16; }
 
 bool valid(const clipfast_cpu_attention_args &args) {
-    return args.sequences >= 0 && args.heads > 0 && args.width > 0 &&
+    return known(args.dtype) && args.sequences >= 0 && args.heads > 0 && args.width > 0 &&
            (args.sequences == 0 || (args.qkv != nullptr && args.out != nullptr && args.offsets != nullptr));
 }
 
 bool valid(const clipfast_cpu_linear_args &args) {
-    return args.rows >= 0 && args.columns >= 0 && args.terms >= 0 && args.activation >= CLIPFAST_CPU_NONE &&
-           args.activation <= CLIPFAST_CPU_GELU &&
+    return known(args.dtype) && args.rows >= 0 && args.columns >= 0 && args.terms >= 0 &&
+           args.activation >= CLIPFAST_CPU_NONE && args.activation <= CLIPFAST_CPU_GELU &&
            (args.rows == 0 || args.columns == 0 ||
             (args.out != nullptr && (args.terms == 0 || (args.x != nullptr && args.weight != nullptr))));
 }
 
 bool valid(const clipfast_cpu_pack_args &args) {
-    return args.columns >= 0 && args.terms >= 0 && args.bytes != nullptr &&
+    return known(args.dtype) && args.columns >= 0 && args.terms >= 0 && args.bytes != nullptr &&
            (args.packed == nullptr || args.columns == 0 || args.terms == 0 || args.weight != nullptr);
 }
 
-bool valid(const clipfast_cpu_peak_args &args) { return args.steps >= 0 && args.flops != nullptr; }
+bool valid(const clipfast_cpu_peak_args &args) {
+    return known(args.dtype) && args.steps >= 0 && args.flops != nullptr;
+}
+
+bool valid(const clipfast_cpu_read_args &args) {
+    return args.bytes >= 0 && args.bytes % CLIPFAST_CPU_READ_BLOCK == 0 && args.ahead >= 0 &&
+           (args.bytes == 0 || args.data != nullptr);
+}
 
 // forms: by number, from CLIPFAST_CPU_BASELINE on
 template <typename Args, int N>
 int run(const Args *args, int (*const (&forms)[N])(const Args &)) {
-    if (args == nullptr || args->struct_size != sizeof *args || args->threads <= 0 || !known(args->dtype) ||
-        !valid(*args))
+    if (args == nullptr || args->struct_size != sizeof *args || args->threads <= 0 || !valid(*args))
         return CLIPFAST_CPU_ERROR_ARGUMENT;
     const int instructions = args->instructions == CLIPFAST_CPU_BEST ? best() : args->instructions;
     if (!has(instructions)) return CLIPFAST_CPU_ERROR_INSTRUCTIONS;
@@ -103,5 +110,7 @@ int clipfast_cpu_attention(const clipfast_cpu_attention_args *args) {
 int clipfast_cpu_linear(const clipfast_cpu_linear_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_linear)); }
 
 int clipfast_cpu_pack(const clipfast_cpu_pack_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_pack)); }
+
+int clipfast_cpu_read(const clipfast_cpu_read_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_read)); }
 
 int clipfast_cpu_peak(const clipfast_cpu_peak_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_peak)); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import subprocess
 import sys
 import time
@@ -114,9 +115,10 @@ def test_other_versions_and_broken_files(cpu_library_file, tmp_path):
     csrc.assert_says_why_it_is_missing(library.LIBRARY, cpu_library_file, tmp_path, "clipfast_cpu_of_tomorrow")
 
 
-@pytest.mark.parametrize("struct", [library.AttentionArgs, library.LinearArgs, library.PeakArgs])
+@pytest.mark.parametrize("struct", [library.AttentionArgs, library.LinearArgs, library.PeakArgs, library.ReadArgs])
 def test_header_and_python_agree(struct):
     csrc.assert_header_agrees(HEADER, library.LIBRARY, struct)
+    assert f"#define CLIPFAST_CPU_READ_BLOCK {library.READ_BLOCK}\n" in HEADER
     csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", library.INSTRUCTIONS)
     csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", library.ACTIVATIONS)
     csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", {str(d)[6:]: code for d, code in library.DTYPES.items()})
@@ -201,6 +203,41 @@ def test_the_peak_is_of_operations_that_were_done(cpu_library, dtype):
             args = library.PeakArgs(size, 1, ctypes.addressof(flops), dtype, 1, 1)
             setattr(args, field, value)
             assert cpu_library.clipfast_cpu_peak(args) == -1, field
+
+
+def test_what_is_read_is_all_of_it_and_nothing_else(cpu_library):
+    """Whole blocks; a read that the compiler spared itself would take no time, one past the end would hit the guard."""
+    size, page = ctypes.sizeof(library.ReadArgs), mmap.PAGESIZE
+    memory = mmap.mmap(-1, 64 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    guard = start + 63 * page
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
+    try:
+        for code in range(1, cpu_library.clipfast_cpu_best() + 1):
+            for ahead, threads in ((0, 1), (512, 2), (1 << 20, 3)):
+                for n_bytes in (0, library.READ_BLOCK, 63 * page):
+                    args = library.ReadArgs(size, guard - n_bytes, n_bytes, ahead, threads, code)
+                    assert cpu_library.clipfast_cpu_read(args) == 0
+        args = library.ReadArgs(size, start, 48 * page, 0, 1, 0)
+        began = time.perf_counter()
+        for _ in range(1000):
+            assert cpu_library.clipfast_cpu_read(args) == 0
+        # no core loads as much as two vectors of 64 bytes at 8 GHz
+        assert 1000 * args.bytes / (time.perf_counter() - began) < 1.024e12
+    finally:
+        libc.mprotect(ctypes.c_void_p(guard), page, 3)
+    for field, value in (
+        ("bytes", 1),
+        ("bytes", -1024),
+        ("ahead", -1),
+        ("data", None),
+        ("threads", 0),
+        ("struct_size", 1),
+    ):
+        args = library.ReadArgs(size, start, library.READ_BLOCK, 0, 1, 1)
+        setattr(args, field, value)
+        assert cpu_library.clipfast_cpu_read(args) == -1, field
 
 
 def test_the_form_asked_for_is_the_one_that_runs(monkeypatch):

@@ -18,6 +18,8 @@ from clipfast.kernels.shared_library import SharedLibrary
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # clipfast_cpu_instructions
 INSTRUCTIONS = {"best": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
+# CLIPFAST_CPU_READ_BLOCK
+READ_BLOCK = 1024
 # clipfast_cpu_activation
 ACTIVATIONS = {"none": 0, "quick_gelu": 1, "gelu": 2}
 
@@ -66,6 +68,17 @@ class PeakArgs(Structure):
     ]
 
 
+class ReadArgs(Structure):
+    """clipfast_cpu_read_args"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("bytes", "ahead")),
+        *((name, c_int32) for name in ("threads", "instructions")),
+    ]
+
+
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
@@ -76,6 +89,7 @@ LIBRARY = SharedLibrary(
         "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
         "clipfast_cpu_pack": (c_int, (POINTER(PackArgs),)),
         "clipfast_cpu_peak": (c_int, (POINTER(PeakArgs),)),
+        "clipfast_cpu_read": (c_int, (POINTER(ReadArgs),)),
     },
     switch="CLIPFAST_CPU",
     needs="GCC 11 or later",
