@@ -2,7 +2,8 @@
 
 A launch reads each of its inputs once and writes each of its outputs once; operations are those of matrix products and
 convolutions, a multiplication and an addition counting as two. Time cannot be less than the larger of operations over
-the best rate of multiply-adds and bytes over the memory's bandwidth, launch by launch. Pure functions of sizes:
+the best rate of multiply-adds and bytes over the memory's bandwidth: on a GPU launch by launch (`seconds`), on a CPU of
+all launches together, and of the bytes those that no cache keeps (`whole`). Pure functions of sizes:
 nothing here measures, and nothing but the standard library is imported.
 
 `itemsize` is in bytes, of the tensors; `rows`, `lengths` are rows of the packed tensors; `architecture` is a mapping of
@@ -19,20 +20,46 @@ from typing import Any, NamedTuple
 
 
 class Work(NamedTuple):
-    """One launch: floating-point operations, bytes read, bytes written."""
+    """One launch: floating-point operations, bytes read, bytes written.
+
+    weights: of the bytes read, those of parameters, which come from memory unless a cache kept them from the last call.
+    updated: of the bytes read and written, an optimiser's: parameters, gradients and moments.
+    """
 
     flops: int
     read: int
     written: int
+    weights: int = 0
+    updated: int = 0
 
     @property
     def bytes(self) -> int:
         return self.read + self.written
 
 
-def seconds(works: Iterable[Work], flops_per_s: float, bytes_per_s: float) -> float:
-    """The time below which these launches, one after another, cannot run."""
-    return sum(max(work.flops / flops_per_s, work.bytes / bytes_per_s) for work in works)
+def seconds(works: Iterable[Work], flops_per_s: float, bytes_per_s: float, read_per_s: float | None = None) -> float:
+    """The time below which these launches, one after another, cannot run.
+
+    read_per_s: of weights, which are only read, where that was measured.
+    """
+    return sum(max(work.flops / flops_per_s, memory_seconds(work, bytes_per_s, read_per_s)) for work in works)
+
+
+def memory_seconds(work: Work, bytes_per_s: float, read_per_s: float | None = None) -> float:
+    """Of its bytes, weights at `read_per_s` if that was measured."""
+    return (work.bytes - work.weights) / bytes_per_s + work.weights / (read_per_s or bytes_per_s)
+
+
+def whole(works: Iterable[Work], flops_per_s: float, read_per_s: float, copy_per_s: float, cached: int = 0) -> float:
+    """The time below which a CPU cannot run these launches, in whatever order or all at once.
+
+    A CPU fetches the next weights while it multiplies, and what one launch hands to the next need not leave its caches.
+    So only operations count, and bytes that come from memory: weights, read at `read_per_s`, and what an optimiser
+    reads and writes, at `copy_per_s`; of both, `cached` bytes may have stayed in the caches.
+    """
+    sums = total(works)
+    memory = max(0, sums.weights - cached) / read_per_s + max(0, sums.updated - cached) / copy_per_s
+    return max(sums.flops / flops_per_s, memory)
 
 
 def total(works: Iterable[Work]) -> Work:
@@ -44,6 +71,7 @@ def total(works: Iterable[Work]) -> Work:
 def backward(work: Work, *, inputs: bool = True) -> Work:
     """The gradients of one launch: it reads what the launch read and the gradient of what that wrote.
 
+    Weights are not counted as such again: what the forward read last may still be in a cache.
     inputs: False where only the weights want a gradient: the first product of a tower.
     """
     # of a product y = x w: dx = dy w and dw = x dy, each as long as the product itself
@@ -57,13 +85,15 @@ def backward(work: Work, *, inputs: bool = True) -> Work:
 def layer_norm(rows: int, width: int, itemsize: int, *, residual: bool = False) -> list[Work]:
     """With a residual, that is read too and the sum written."""
     passes = 2 if residual else 1
-    return [Work(0, (passes * rows * width + 2 * width) * itemsize, passes * rows * width * itemsize)]
+    weights = 2 * width * itemsize
+    return [Work(0, passes * rows * width * itemsize + weights, passes * rows * width * itemsize, weights)]
 
 
 def linear(rows: int, n_cols: int, n_terms: int, itemsize: int, *, residual: bool = False) -> list[Work]:
     """x [rows, n_terms] times a weight [n_cols, n_terms], with bias, activation and residual in the same launch."""
-    read = rows * n_terms + n_cols * n_terms + n_cols + (rows * n_cols if residual else 0)
-    return [Work(2 * rows * n_cols * n_terms, read * itemsize, rows * n_cols * itemsize)]
+    weights = n_cols * n_terms + n_cols
+    read = rows * n_terms + weights + (rows * n_cols if residual else 0)
+    return [Work(2 * rows * n_cols * n_terms, read * itemsize, rows * n_cols * itemsize, weights * itemsize)]
 
 
 def mlp(rows: int, width: int, hidden: int, itemsize: int) -> list[Work]:
@@ -86,15 +116,17 @@ def attention_pool(lengths: Sequence[int], width: int, heads: int, itemsize: int
     """One query per sequence; keys and values are formed only where (Wk^T q).y and Wv (sum p y) would take more."""
     together = sum(6 * width**2 + 4 * heads * length * width for length in lengths)
     apart = sum(2 * width**2 * (1 + 2 * length) + 4 * length * width for length in lengths)
-    read = sum(lengths) * width + len(lengths) * width + 3 * width**2
-    return [Work(min(together, apart), read * itemsize, len(lengths) * width * itemsize)]
+    weights = 3 * width**2
+    read = sum(lengths) * width + len(lengths) * width + weights
+    return [Work(min(together, apart), read * itemsize, len(lengths) * width * itemsize, weights * itemsize)]
 
 
 def patch_embed(batch: int, patches: int, patch: int, width: int, pixel_size: int, itemsize: int) -> list[Work]:
     """ln_pre, if any, is fused.   pixel_size: bytes of one channel of a pixel."""
     pixels = 3 * patch**2
-    read = batch * patches * pixels * pixel_size + (pixels + 1 + patches) * width * itemsize
-    return [Work(2 * batch * patches * pixels * width, read, (1 + patches) * width * batch * itemsize)]
+    weights = (pixels + 1 + patches) * width * itemsize
+    read = batch * patches * pixels * pixel_size + weights
+    return [Work(2 * batch * patches * pixels * width, read, (1 + patches) * width * batch * itemsize, weights)]
 
 
 def project(rows: int, width: int, embed_dim: int, itemsize: int) -> list[Work]:
@@ -112,9 +144,10 @@ def convolution(
     batch: int, side: int, channels_in: int, channels_out: int, kernel: int, itemsize: int, stride: int = 1
 ) -> list[Work]:
     """side: of the square output.   BatchNorm and ReLU are fused."""
-    read = batch * (side * stride) ** 2 * channels_in + channels_in * channels_out * kernel**2
+    weights = channels_in * channels_out * kernel**2
+    read = batch * (side * stride) ** 2 * channels_in + weights
     written = batch * side**2 * channels_out
-    return [Work(2 * written * channels_in * kernel**2, read * itemsize, written * itemsize)]
+    return [Work(2 * written * channels_in * kernel**2, read * itemsize, written * itemsize, weights * itemsize)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +264,7 @@ def train_step(
     # nobody wants the gradient of a pixel
     gradients = [backward(work, inputs=i > 0) for i, work in enumerate(forward)]
     # weight, gradient and both moments in; weight and moments out
-    return [*forward, *gradients, Work(0, 16 * parameters, 12 * parameters)]
+    return [*forward, *gradients, Work(0, 16 * parameters, 12 * parameters, updated=28 * parameters)]
 
 
 def works_of(

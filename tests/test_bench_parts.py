@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
+from clipfast import roofline
 from clipfast.architectures import ARCHITECTURES
-from clipfast.bench import ceilings, peers, run, start, tables, training, workload
+from clipfast.bench import ceilings, environment, peers, run, start, tables, training, workload
 from clipfast.bench.peers import openai
 from clipfast.kernels import cpu_library
 
@@ -49,8 +50,12 @@ def test_readers_of_openai_clip_share_one_model():
 
 def test_ceilings_are_measured_and_plausible(monkeypatch):
     found = ceilings.measure(torch.device("cpu"), ["float32", "bfloat16"], quick=True)
-    assert set(found.rates) == {"copy", "float32", "bfloat16"} and min(found.rates.values()) > 1e6
+    built = cpu_library.missing() is None
+    assert set(found.rates) == {"copy", "float32", "bfloat16"} | ({"read"} if built else set())
+    assert min(found.rates.values()) > 1e6
     assert all(found.rates[name] >= found.products[name] > 0 for name in found.products)
+    assert set(found.single) == (set(found.products) if built else set())
+    assert found.cached >= 0
 
 
 @pytest.mark.parametrize(("peak", "rate", "by"), [(2e9, 2e9, ceilings.PEAK), (0.0, 1e9, ceilings.PRODUCT)])
@@ -58,11 +63,19 @@ def test_a_ceiling_is_what_no_product_passes_and_its_name_is_said(monkeypatch, p
     """Without the library, or with instructions that its loop does not know, it is the fastest product."""
     monkeypatch.setattr(ceilings, "copy_bytes_per_s", lambda device, n_bytes: 3e9)
     monkeypatch.setattr(ceilings, "product_flops_per_s", lambda device, dtype, size: 1e9)
-    monkeypatch.setattr(ceilings, "multiply_adds_per_s", lambda dtype, seconds: peak)
+    monkeypatch.setattr(
+        ceilings, "multiply_adds_per_s", lambda dtype, seconds, threads: peak / 2 if threads == 1 else peak
+    )
+    monkeypatch.setattr(ceilings, "read_bytes_per_s", lambda n_bytes: 2 * peak)
+    monkeypatch.setattr(environment, "cache_bytes", lambda: 5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     found = ceilings.measure(torch.device("cpu"), ["float32"])
-    assert found == ({"copy": 3e9, "float32": rate}, {"float32": by}, {"float32": 1e9})
-    told = {ceilings.PEAK: "2 GFLOP/s (peak of fused multiply-adds, fastest product 1)"}
-    line = f"ceilings: copy 3 GB/s, float32 {told.get(by, '1 GFLOP/s (fastest product measured)')}"
+    more = {"read": 4e9} if peak else {}
+    single = {"float32": 1e9} if peak else {}
+    assert found == ({"copy": 3e9, **more, "float32": rate}, {"float32": by}, {"float32": 1e9}, single, 5)
+    told = {ceilings.PEAK: "2 GFLOP/s (peak of fused multiply-adds, of one thread 1, fastest product 1)"}
+    read = "read 4 GB/s, " if peak else ""
+    line = f"ceilings: {read}copy 3 GB/s, float32 {told.get(by, '1 GFLOP/s (fastest product measured)')}"
     assert tables.ceilings(found) == line
 
 
@@ -76,10 +89,32 @@ def test_the_peak_is_measured_in_every_form_that_runs_here(monkeypatch):
     monkeypatch.setattr(cpu_library, "missing", lambda: None)
     monkeypatch.setattr(cpu_library, "best", lambda: "avx512")
     monkeypatch.setattr(cpu_library, "run", run)
-    assert ceilings.multiply_adds_per_s(torch.bfloat16, 1e-7) > 0
+    assert ceilings.multiply_adds_per_s(torch.bfloat16, 1e-7, 2) > 0
     assert set(ran) == {("peak", 1, code) for code in (1, 2, 3)}
     monkeypatch.setattr(cpu_library, "missing", lambda: "not built")
-    assert ceilings.multiply_adds_per_s(torch.float32, 1e-7) == 0
+    assert ceilings.multiply_adds_per_s(torch.float32, 1e-7, 2) == 0
+
+
+def test_reading_is_of_whole_blocks_in_every_form_and_of_less_where_memory_is_short(monkeypatch):
+    ran = []
+    monkeypatch.setattr(cpu_library, "missing", lambda: None)
+    monkeypatch.setattr(cpu_library, "best", lambda: "avx2")
+    monkeypatch.setattr(
+        cpu_library, "run", lambda operator, args: ran.append((operator, args.bytes, args.instructions))
+    )
+    monkeypatch.setattr(environment, "available_bytes", lambda device: 40_000.0)
+    assert ceilings.read_bytes_per_s(1 << 30) > 0
+    assert set(ran) == {("read", 9 * 1024, code) for code in (1, 2)}
+    monkeypatch.setattr(cpu_library, "missing", lambda: "not built")
+    assert ceilings.read_bytes_per_s(1 << 20) == 0
+
+
+def test_a_floor_is_of_weights_where_reading_was_measured():
+    works = [roofline.Work(0, 10, 10, weights=5), roofline.Work(40, 0, 0)]
+    rates = {"copy": 2.0, "float32": 10.0}
+    assert ceilings.Ceilings(rates, {}, {}).floor(works, "float32") == 10 + 4
+    assert ceilings.Ceilings(rates | {"read": 0.5}, {}, {}).floor(works, "float32") == 10
+    assert ceilings.Ceilings(rates | {"read": 0.5}, {}, {}, {}, 4).floor(works, "float32") == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

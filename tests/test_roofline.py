@@ -90,18 +90,48 @@ def test_a_resnet_without_its_unread_rows_does_less():
 
 
 def test_operators():
-    assert roofline.linear(10, 3, 4, 2, residual=True) == [Work(240, 2 * (40 + 12 + 3 + 30), 2 * 30)]
-    assert roofline.layer_norm(10, 4, 2) == [Work(0, 2 * 40 + 16, 2 * 40)]
-    assert roofline.layer_norm(10, 4, 2, residual=True) == [Work(0, 4 * 40 + 16, 4 * 40)]
+    assert roofline.linear(10, 3, 4, 2, residual=True) == [Work(240, 2 * (40 + 12 + 3 + 30), 2 * 30, 2 * 15)]
+    assert roofline.layer_norm(10, 4, 2) == [Work(0, 2 * 40 + 16, 2 * 40, 16)]
+    assert roofline.layer_norm(10, 4, 2, residual=True) == [Work(0, 4 * 40 + 16, 4 * 40, 16)]
     assert roofline.attention([3, 2], 64, 2, causal=False) == [Work(4 * 13 * 64, 3 * 5 * 64 * 2, 5 * 64 * 2)]
     assert roofline.attention([3, 2], 64, 2, causal=True)[0].flops == 4 * (6 + 3) * 64
     assert roofline.logits(3, 5, 4, 2) == [Work(120, 2 * 32, 2 * 15)]
     assert roofline.patch_embed(2, 4, 2, 8, 1, 2)[0].flops == 2 * 2 * 4 * 12 * 8
-    assert roofline.convolution(1, 4, 2, 3, 3, 2, stride=2) == [Work(2 * 16 * 3 * 2 * 9, 2 * (64 * 2 + 54), 2 * 48)]
+    assert roofline.convolution(1, 4, 2, 3, 3, 2, stride=2) == [
+        Work(2 * 16 * 3 * 2 * 9, 2 * (64 * 2 + 54), 2 * 48, 2 * 54)
+    ]
 
 
 def test_time_is_that_of_the_slower_of_the_two_ceilings_launch_by_launch():
     assert roofline.seconds([Work(100, 5, 5), Work(10, 60, 40)], 10, 10) == 20
+
+
+def test_weights_are_read_at_a_rate_of_their_own():
+    works = [Work(0, 60, 40, weights=50)]
+    assert roofline.seconds(works, 10, 10, 25) == 5 + 2 and roofline.seconds(works, 10, 10) == 10
+
+
+def test_a_cpu_waits_for_weights_that_no_cache_keeps_and_computes_meanwhile():
+    works = [Work(100, 500, 900, weights=400), Work(50, 300, 0, weights=200), Work(0, 60, 40, updated=100)]
+    # 600 bytes of weights and 100 of an optimiser; what passes between launches is in caches
+    assert roofline.whole(works, 1e9, 10, 20) == 60 + 5
+    assert roofline.whole(works, 1e9, 10, 20, cached=80) == 52 + 1
+    assert roofline.whole(works, 1e9, 10, 20, cached=1000) == 150 / 1e9
+    assert roofline.whole(works, 2, 10, 20) == 75
+
+
+@pytest.mark.parametrize("model", ["ViT-B/32", "RN50"])
+def test_weights_of_a_tower_are_those_of_its_matrices(model):
+    """Each once, whatever the batch; embeddings, gains and biases of LayerNorm are left out."""
+    sizes = ARCHITECTURES[model]
+    parameters = {name: tensor for name, tensor in workload.random_weights(sizes).items() if tensor.is_floating_point()}
+    for tower in workload.TOWERS:
+        own = [w.numel() for n, w in parameters.items() if n.startswith("visual.") == (tower == "image")]
+        if tower == "text":
+            own.remove(parameters["token_embedding.weight"].numel())
+        for batch in (1, 5):
+            read = roofline.total(roofline.works_of(sizes, tower, [16] * batch, 4)).weights / 4
+            assert 0.98 * sum(own) < read <= sum(own), tower
 
 
 def test_backward_reads_and_writes_what_a_gradient_must():
@@ -113,4 +143,4 @@ def test_backward_reads_and_writes_what_a_gradient_must():
 def test_the_optimiser_moves_seven_numbers_a_parameter():
     sizes = ARCHITECTURES["ViT-B/32"]
     none, some = (roofline.total(roofline.train_step(sizes, [16] * 4, 2, parameters=n)) for n in (0, 1000))
-    assert some.bytes - none.bytes == 28_000 and some.flops == none.flops
+    assert some.bytes - none.bytes == some.updated == 28_000 and some.flops == none.flops and none.updated == 0

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast import compat, ops
+from clipfast import compat, ops, roofline
+from clipfast.bench import environment
 from clipfast.kernels import cpu_library
 from clipfast.timing import on_device
 
-COPY = "copy"
+COPY, READ = "copy", "read"
 # what the ceiling of a dtype was measured by
 PEAK, PRODUCT = "peak of fused multiply-adds", "fastest product measured"
 PLAIN, FUSED, OURS = "F.linear", "oneDNN fused", "clipfast.ops.linear"
@@ -26,32 +27,88 @@ SECONDS = 6.0
 SIZES = {"cuda": 8192, "cpu": 4096}
 BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 QUICK_SIZE, QUICK_BYTES = 512, 1 << 22
+# of the buffer that is read, far more than caches hold; less if that is more than this share of the free memory
+READ_BYTES, READ_SHARE = 512 << 20, 0.25
+# how far ahead of the reading memory is asked for: which is best depends on the CPU, and on who else reads
+AHEAD = (0, 512, 4096)
 
 
 class Ceilings(NamedTuple):
-    rates: dict[str, float]  # "copy" in bytes/s, read and written; a dtype's name in FLOP/s
-    by: dict[str, str]  # of each dtype, PEAK or PRODUCT
-    products: dict[str, float]  # of each dtype, FLOP/s of the fastest product
+    """What was measured.
+
+    rates:    "copy" in bytes/s, read and written; on a CPU "read" in bytes/s; a dtype's name in FLOP/s.
+    by:       of each dtype, PEAK or PRODUCT.
+    products: of each dtype, FLOP/s of the fastest product.
+    single:   of each dtype, FLOP/s of one thread's multiply-adds; on a CPU with the library.
+    cached:   bytes that the CPU's last caches hold together.
+    """
+
+    rates: dict[str, float]
+    by: dict[str, str]
+    products: dict[str, float]
+    single: dict[str, float] = {}
+    cached: int = 0
+
+    def floor(self, works: Iterable[roofline.Work], dtype: str) -> float:
+        """Seconds below which these launches cannot run: on a CPU all together, on a GPU one after another."""
+        if READ in self.rates:
+            return roofline.whole(works, self.rates[dtype], self.rates[READ], self.rates[COPY], self.cached)
+        return roofline.seconds(works, self.rates[dtype], self.rates[COPY])
 
 
 def measure(device: torch.device, dtypes: Iterable[str], *, quick: bool = False) -> Ceilings:
-    """A copy, and for each dtype's name a large square product; on a CPU also what its arithmetic could do at best.
+    """A copy, and for each dtype's name a large square product; on a CPU also what it reads and multiplies at best.
 
     A library's product is no ceiling: another product can be faster. Multiply-adds in registers are one, unless the CPU
     has instructions that the loop does not know (AMX): then the product is faster, and is taken.
     Large, so that everything else is a smaller share: 4096 (a GPU: 8192) each way. quick: small, and worth nothing.
     """
-    found = Ceilings({COPY: copy_bytes_per_s(device, QUICK_BYTES if quick else BYTES[device.type])}, {}, {})
+    rates = {COPY: copy_bytes_per_s(device, QUICK_BYTES if quick else BYTES[device.type])}
+    found = Ceilings(rates, {}, {}, {}, environment.cache_bytes())
+    if device.type == "cpu" and (read := read_bytes_per_s(QUICK_BYTES if quick else READ_BYTES)):
+        found.rates[READ] = read
     for name in dtypes:
         size, dtype = QUICK_SIZE if quick else SIZES[device.type], getattr(torch, name)
-        product = found.products[name] = product_flops_per_s(device, dtype, size)
-        peak = multiply_adds_per_s(dtype, 0.002 if quick else 0.05) if device.type == "cpu" else 0.0
+        product, peak = product_flops_per_s(device, dtype, size), 0.0
+        if device.type == "cpu":
+            loop = 0.002 if quick else 0.05
+            peak = multiply_adds_per_s(dtype, loop, torch.get_num_threads())
+            if single := multiply_adds_per_s(dtype, loop, 1):
+                found.single[name] = single
+        found.products[name] = product
         found.rates[name], found.by[name] = max((peak, PEAK), (product, PRODUCT))
     return found
 
 
-def multiply_adds_per_s(dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of fused multiply-adds in registers, on PyTorch's threads, in the best form that libclipfast_cpu has.
+def read_bytes_per_s(n_bytes: int) -> float:
+    """Bytes/s at which PyTorch's threads read a buffer of so many bytes, best of several; 0 without libclipfast_cpu.
+
+    n_bytes: fewer are taken where memory is short, a multiple of the library's block.
+    """
+    if cpu_library.missing():
+        return 0.0
+    n_bytes = int(min(n_bytes, READ_SHARE * environment.available_bytes(torch.device("cpu"))))
+    n_bytes -= n_bytes % cpu_library.READ_BLOCK
+    # written to: pages that nobody has touched are one page of zeros
+    data = torch.ones(n_bytes // 4, dtype=torch.int32)
+
+    def run(form: int, ahead: int) -> float:
+        args = (data.data_ptr(), n_bytes, ahead, torch.get_num_threads(), form)
+        start = time.perf_counter()
+        cpu_library.run("read", cpu_library.ReadArgs(sizeof(cpu_library.ReadArgs), *args))
+        return time.perf_counter() - start
+
+    return n_bytes / min(run(form, ahead) for _ in range(5) for form in _forms() for ahead in AHEAD)
+
+
+def _forms() -> range:
+    """All that run here, not the newest alone: wide registers can slow the clock."""
+    codes = cpu_library.INSTRUCTIONS
+    return range(codes["baseline"], codes[cpu_library.best()] + 1)
+
+
+def multiply_adds_per_s(dtype: torch.dtype, seconds: float, threads: int) -> float:
+    """FLOP/s of fused multiply-adds in registers, on so many threads, in the best form that libclipfast_cpu has.
 
     A product is no faster in the form's instructions, whoever wrote it. What has no instructions for a dtype widens it
     and multiplies float32. 0 where the library is missing.
@@ -59,17 +116,15 @@ def multiply_adds_per_s(dtype: torch.dtype, seconds: float) -> float:
     """
     if cpu_library.missing():
         return 0.0
-    codes = cpu_library.INSTRUCTIONS
-    # not the newest alone: wide registers can slow the clock
-    forms = range(codes["baseline"], codes[cpu_library.best()] + 1)
-    return max(_multiply_adds_per_s(cpu_library.DTYPES.get(dtype, 0), form, seconds) for form in forms)
+    code = cpu_library.DTYPES.get(dtype, 0)
+    return max(_multiply_adds_per_s(code, form, seconds, threads) for form in _forms())
 
 
-def _multiply_adds_per_s(dtype: int, form: int, seconds: float) -> float:
+def _multiply_adds_per_s(dtype: int, form: int, seconds: float, threads: int) -> float:
     flops, steps = c_int64(), 1000
 
     def run() -> float:
-        args = (steps, addressof(flops), dtype, torch.get_num_threads(), form)
+        args = (steps, addressof(flops), dtype, threads, form)
         start = time.perf_counter()
         cpu_library.run("peak", cpu_library.PeakArgs(sizeof(cpu_library.PeakArgs), *args))
         return time.perf_counter() - start

@@ -116,6 +116,20 @@ def available_bytes(device: torch.device) -> float:
     return 1024.0 * int(found[1]) if found else float("inf")
 
 
+def cache_bytes() -> int:
+    """What the last caches of the CPU hold together, as far as the system says; else 0."""
+    found: dict[str, int] = {}
+    for core in Path("/sys/devices/system/cpu").glob("cpu[0-9]*"):
+        levels = sorted(core.glob("cache/index[0-9]"))
+        try:
+            # the same cache is listed under each core that shares it
+            shared, size = ((levels[-1] / name).read_text().strip() for name in ("shared_cpu_list", "size"))
+            found[shared] = int(size.removesuffix("K")) << 10
+        except (OSError, ValueError, IndexError):
+            continue
+    return sum(found.values())
+
+
 def output(*command: str) -> str:
     """What a command prints, empty if it is not here or fails."""
     try:

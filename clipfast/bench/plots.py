@@ -10,7 +10,7 @@ from typing import Any
 from clipfast import roofline
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import peers
-from clipfast.bench.ceilings import COPY, PRODUCT
+from clipfast.bench.ceilings import COPY, PRODUCT, READ
 from clipfast.bench.harness import Row
 from clipfast.files import write_picture
 
@@ -178,8 +178,11 @@ def ratios(rows: Sequence[Row]):
 
 
 def points(rows: Sequence[Row], ceilings: Mapping[str, float], by: Mapping[str, str]):
-    """Achieved rate of the least work over its operations per byte, under the two ceilings of each dtype."""
+    """Achieved rate of the least work over its operations per byte, under the two ceilings of each dtype.
 
+    Bytes are of weights where the ceiling of reading was measured: the rest need not leave a CPU's caches. Else all.
+    """
+    memory = READ if READ in ceilings else COPY
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows if row["dtype"] in ceilings))
     style = _style([row["contestant"] for row in rows])
     figure, axes = _figure(max(1, len(dtypes)), 6.5, 4.5)
@@ -191,7 +194,7 @@ def points(rows: Sequence[Row], ceilings: Mapping[str, float], by: Mapping[str, 
             if sizes is None:
                 continue
             work = roofline.total(roofline.works_of(sizes, row["tower"], lengths, ITEMSIZES[dtype]))
-            intensities.append(work.flops / work.bytes)
+            intensities.append(work.flops / (work.weights if memory == READ else work.bytes))
             rate = work.flops / float(row["median_s"])
             axis.plot(
                 intensities[-1], rate / 1e9, linestyle="none", **style[row["contestant"]], label=row["contestant"]
@@ -199,13 +202,14 @@ def points(rows: Sequence[Row], ceilings: Mapping[str, float], by: Mapping[str, 
         if not intensities:
             continue
         low, high = min(intensities) / 3, max(intensities) * 3
-        knee = ceilings[dtype] / ceilings[COPY]
+        knee = ceilings[dtype] / ceilings[memory]
         xs = sorted({low, min(max(knee, low), high), high})
-        roof = [min(ceilings[dtype], x * ceilings[COPY]) / 1e9 for x in xs]
-        what = f"ceilings: copy of memory (caches are faster), {by.get(dtype, PRODUCT)}"
+        roof = [min(ceilings[dtype], x * ceilings[memory]) / 1e9 for x in xs]
+        what = f"ceilings: {memory} of memory (caches are faster), {by.get(dtype, PRODUCT)}"
         axis.plot(xs, roof, color="black", label=what)
-        title = f"{dtype}: {ceilings[dtype] / 1e9:.0f} GFLOP/s, {ceilings[COPY] / 1e9:.0f} GB/s"
-        axis.set(xscale="log", yscale="log", title=title, xlabel="least operations per least byte", ylabel="GFLOP/s")
+        title = f"{dtype}: {ceilings[dtype] / 1e9:.0f} GFLOP/s, {ceilings[memory] / 1e9:.0f} GB/s"
+        label = "least operations per byte of the weights" if memory == READ else "least operations per least byte"
+        axis.set(xscale="log", yscale="log", title=title, xlabel=label, ylabel="GFLOP/s")
         axis.grid(alpha=0.3)
     _legend(figure, axes)
     return figure

@@ -115,7 +115,7 @@ class Run:
         where = facts["device"] if self.device.type == "cuda" else f"{facts['cpu']} ({facts['capability']})"
         print(f"{where}, {counted(facts['threads'], 'thread')}; torch {facts['torch']}; load {facts['load']}")
         print(f"clipfast {facts['clipfast']} {facts['commit']}".rstrip())
-        self.bar.say("ceilings: a copy, and a matrix product in each dtype")
+        self.bar.say("ceilings: reading, copying and multiplying")
         self.clocks.append({"at": "start", **environment.clock(self.device)})
         dtypes = dict.fromkeys(("float32", *self.options.dtypes))
         self.ceilings = ceilings.measure(self.device, dtypes, quick=self.options.quick)
@@ -354,6 +354,8 @@ class Run:
             "peers": {peer.name: peers.version(peer) for peer in self.peers},
             "ceilings": {name: significant(value) for name, value in self.ceilings.rates.items()},
             "ceilings_by": self.ceilings.by,
+            "ceilings_of_one_thread": {name: significant(value) for name, value in self.ceilings.single.items()},
+            "cache_bytes": self.ceilings.cached,
             "clocks": self.clocks,
             "start": self.start_rows,
             "rows": self.rows,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from clipfast import roofline
 from clipfast.bench import peers
-from clipfast.bench.ceilings import COPY, PRODUCT, Ceilings
+from clipfast.bench.ceilings import COPY, PRODUCT, READ, Ceilings
 from clipfast.bench.harness import Row, significant
 from clipfast.bench.output import cell, print_table
 from clipfast.bench.plan import Group
@@ -18,7 +18,8 @@ HEADER = (
 LEGEND = """\
 x openai, x transf.: times as fast as that contestant.  Errors: against float64; x openai's: its RMS error over theirs.
 GFLOP/s: openai/CLIP's dense work over time, for everybody, so that who skips some of it can pass the ceiling.
-of floor: the time below which the least work cannot be done at the ceilings above, over this time."""
+of floor: the time below which the least work cannot be done at the ceilings above, over this time; on a CPU the larger
+of operations at the peak and of weights, which caches do not hold, at the reading rate."""
 
 
 def add_rates(
@@ -39,7 +40,7 @@ def add_rates(
         row["samples_per_s"] = significant(group.batch / row["median_s"])
         row["gflops"] = significant(flops / row["median_s"] / 1e9)
         if ceiling:
-            floor = roofline.seconds(works, ceiling, ceilings.rates[COPY])
+            floor = ceilings.floor(works, group.dtype)
             row |= {"ceiling_gflops": significant(ceiling / 1e9), "ceiling_by": ceilings.by[group.dtype]}
             row["share_of_ceiling"] = significant(flops / row["median_s"] / ceiling)
             row |= {"floor_s": significant(floor), "of_floor": significant(floor / row["median_s"])}
@@ -86,10 +87,11 @@ def print_group(title: str, rows: Mapping[str, Row], missing: Mapping[str, str])
 
 def ceilings(found: Ceilings) -> str:
     """One line."""
-    parts = [f"copy {found.rates[COPY] / 1e9:.3g} GB/s"]
+    parts = [f"{name} {found.rates[name] / 1e9:.3g} GB/s" for name in (READ, COPY) if name in found.rates]
     for name, by in found.by.items():
-        product = f", fastest product {found.products[name] / 1e9:.4g}" if by != PRODUCT else ""
-        parts.append(f"{name} {found.rates[name] / 1e9:.4g} GFLOP/s ({by}{product})")
+        more = f", of one thread {found.single[name] / 1e9:.4g}" if name in found.single else ""
+        more += f", fastest product {found.products[name] / 1e9:.4g}" if by != PRODUCT else ""
+        parts.append(f"{name} {found.rates[name] / 1e9:.4g} GFLOP/s ({by}{more})")
     return "ceilings: " + ", ".join(parts)
 
 

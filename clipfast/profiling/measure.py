@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from clipfast import roofline
-from clipfast.bench.ceilings import COPY
+from clipfast.bench.ceilings import COPY, READ
 from clipfast.bench.harness import Row, significant
 from clipfast.profiling.marks import PREFIX, Call, Marks, marked, wait
 from clipfast.roofline import Work
@@ -41,11 +41,13 @@ class Part:
         row["share"] = significant(self.median / whole) if whole else 0.0
         work = roofline.total(self.works)
         if self.works and self.median:
-            floor = roofline.seconds(self.works, ceilings[dtype], ceilings[COPY])
+            memory = ceilings[COPY], ceilings.get(READ)
+            floor = roofline.seconds(self.works, ceilings[dtype], *memory)
             row |= {"gb_per_s": significant(work.bytes / self.median / 1e9), "floor_s": significant(floor)}
             row |= {"tflops": significant(work.flops / self.median / 1e12)}
             row["of_floor"] = significant(floor / self.median)
-            row["bound"] = "compute" if work.flops / ceilings[dtype] >= work.bytes / ceilings[COPY] else "memory"
+            computes = work.flops / ceilings[dtype] >= roofline.memory_seconds(work, *memory)
+            row["bound"] = "compute" if computes else "memory"
         return row
 
 
