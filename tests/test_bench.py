@@ -12,7 +12,7 @@ import torch
 import clipfast
 from clipfast import dispatch
 from clipfast.architectures import ARCHITECTURES
-from clipfast.bench import ceilings, contest, harness, peers, plan, tables, workload
+from clipfast.bench import ceilings, contest, harness, peers, plan, seats, tables, workload
 from clipfast.bench.peers import Missing, Peer
 from clipfast.cli import main
 from clipfast.roofline import Work
@@ -28,6 +28,8 @@ CEILINGS = ceilings.Ceilings({ceilings.COPY: 1e10, **RATES}, dict.fromkeys(RATES
 def _tiny(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
     monkeypatch.setattr(ceilings, "measure", lambda device, dtypes, quick: CEILINGS)
+    # peers of these tests are closures; tests/test_bench_seats.py has processes
+    monkeypatch.setattr(seats, "apart", lambda device: False)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -211,7 +213,8 @@ def test_verdict(change, status):
     chosen = workload.checked_samples(100)
     assert 50 not in chosen
     truth = contest.Truth(exact[chosen], chosen, 32)
-    entries = {"first": contest.Entry("first", exact.float), "it": contest.Entry("it", lambda: change(exact.float()))}
+    here = contest.Entry.here
+    entries = {"first": here("first", exact.float), "it": here("it", lambda: change(exact.float()))}
     rows = {}
     accepted = contest.check(entries, truth, 100, torch.float32, rows)
     contest.time_accepted(accepted, rows, 1)
@@ -293,7 +296,7 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
 
     def interrupted(functions, **settings):
         timed.append(1)
-        if len(timed) == 3:
+        if len(timed) == 4:  # behind a warm-up and two rounds
             raise KeyboardInterrupt
         return interleaved(functions, **settings)
 
@@ -346,7 +349,7 @@ def test_a_file_of_captions_is_measured(monkeypatch, tmp_path):
 
 def test_what_does_not_fit_is_said_to_be_out_of_time(monkeypatch, tmp_path):
     monkeypatch.setattr(plan.Costs, "call", lambda self, group, peer: 1.0 if group.tower == "image" else 1000.0)
-    monkeypatch.setattr(plan.Costs, "start", lambda self, model, dtype, peers: 0.0)
+    monkeypatch.setattr(plan.Costs, "once", lambda self, group, peer: {})
     assert bench(tmp_path, "--peers", "clipfast,openai-clip", minutes="2") == 0
     found = {(row["tower"], row["contestant"]): row for row in rows_of(tmp_path)}
     assert found["image", "clipfast"]["status"] == "ok"

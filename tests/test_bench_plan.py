@@ -7,13 +7,14 @@ import functools
 import pytest
 
 from clipfast.architectures import ARCHITECTURES
-from clipfast.bench import contest, peers, plan
+from clipfast.bench import contest, harness, peers, plan
 
 from .bench_models import TINY
 
 
 def costs():
-    return plan.Costs({"float32": 1e12, "bfloat16": 2e12}, {"tiny": TINY, "big": ARCHITECTURES["ViT-L/14"]})
+    rates = {"float32": 1e12, "bfloat16": 2e12}
+    return plan.Costs(rates, {"tiny": TINY, "big": ARCHITECTURES["ViT-L/14"]}, process=0.0)
 
 
 def everybody():
@@ -33,11 +34,14 @@ ENDLESS = float("inf")
 
 def total(chosen, known, rounds=ROUNDS):
     named = {peer.name: peer for peer in everybody()}
-    found = 0.0
+    found, once = 0.0, {}
     for group, names in chosen.items():
-        calls = plan.calls_of(group, everybody(), known, rounds).all
-        found += sum(known.prepare(group, named[n]) + calls * known.call(group, n) for n in names)
-    return found
+        calls = plan.calls_of(group, everybody(), known, rounds)
+        for name in names:
+            call = known.call(group, name)
+            found += known.prepare(group, named[name]) + calls.all(call) * call
+            once |= known.once(group, named[name])
+    return found + sum(once.values())
 
 
 @pytest.mark.parametrize("seconds", [0.1, 5, 60, 400])
@@ -71,7 +75,7 @@ def test_predictions_follow_what_was_seen():
     assert known.call(group, "clipfast") == pytest.approx(3.0)
     assert known.call(group._replace(batch=16), "clipfast") == pytest.approx(6.0)
     compiler = everybody()[-1]
-    known.learn_prepare(group, compiler.name, 10.0)
+    known.learn_prepare(group, compiler, 10.0)
     assert known.prepare(group, compiler) == 10.0
     assert known.prepare(group._replace(model="big"), compiler) == 10.0 / 2 * 24
 
@@ -109,9 +113,9 @@ def test_the_slower_the_fewer_calls_at_the_least(seconds, least, check_counts):
     for peer in everybody():
         known.learn(group, peer.name, seconds)
     found = plan.calls_of(group, everybody(), known, ROUNDS._replace(share=0.0))
-    assert found == (least, least, check_counts)
-    # the check, and a round of warm-up
-    assert found.all == least + (0 if check_counts else 2)
+    assert found == (least, least, check_counts, 1)
+    # the check, and in a turn of a quick one a call to warm up
+    assert found.all(seconds) == least + (0 if check_counts else 1) + (least if seconds < plan.WARM else 0)
 
 
 def test_a_compiler_has_one_row_of_each_model_and_dtype_before_it_has_two():
@@ -122,7 +126,7 @@ def test_a_compiler_has_one_row_of_each_model_and_dtype_before_it_has_two():
         chosen = plan.choose(found, everybody(), known, ROUNDS._replace(share=0.0), seconds)
         rows = [group for group, names in chosen.items() if compiler in names]
         if rows:
-            assert all(len(names) >= 4 for names in chosen.values()), "before everybody who needs no preparation"
+            assert all(len(names) >= 4 for names in chosen.values()), "before everybody of a lower rank"
         if len(rows) == 2:
             assert {group.dtype for group in rows} == {"float32", "bfloat16"}
         if len(rows) == 4:
@@ -134,15 +138,65 @@ def test_a_compiler_that_has_its_row_is_not_asked_first_again():
     known, rest = costs(), groups(8, models=("tiny",))
     compiler = everybody()[-1]
 
-    def weights():
+    def waits():
         found = plan.jobs(rest[1:], everybody(), known, ROUNDS)
-        return [job.weight for job in found if compiler in job.peers]
+        return [(job.waits, job.order[1] / job.seconds) for job in found if compiler in job.peers]
 
-    assert weights() == [plan.COMPILED]
+    assert waits() == [(False, 1.0)]
     known.learn(rest[0], compiler.name, 0.1)
-    assert weights() == [1.0], "the first of the other tower"
+    assert waits() == [(True, plan.OTHER_TOWER)], "the first of the other tower"
     known.learn(rest[1], compiler.name, 0.1)
-    assert weights() == [plan.LATER]
+    assert waits() == [(True, plan.OTHER_SIZE)]
+
+
+def test_who_is_left_out_first_where_time_is_short():
+    """Compilers and what is quantised, transformers, open_clip; other runtimes last, and never without openai-clip."""
+    known, found = costs(), groups(1, 8, 32)
+    names = ("onnxruntime", "OpenVINO", "onnxruntime int8")
+    asked = [*everybody(), *(peers.known()[name] for name in names)]
+    few, seen = ROUNDS._replace(share=0.0), set()
+    jobs = list(plan.jobs(found, asked, known, few))
+    everything = plan.seconds(plan.choose(found, asked, known, few, ENDLESS), asked, known, few)
+
+    def once(job):
+        return {key: seconds for peer in job.peers for key, seconds in known.once(job.group, peer).items()}
+
+    for part in range(1, 41):
+        seconds = everything * part / 40
+        chosen = plan.choose(found, asked, known, few, seconds)
+        assert all("openai-clip" in names for names in chosen.values() if names)
+        whole = {peer.name for peer in asked if all(peer.name in names for names in chosen.values())}
+        seen.add(frozenset(whole))
+        there = [job for job in jobs if job.peers[0].name in chosen[job.group] and job.order[0] == peers.FIRST]
+        paid = {key: took for job in there for key, took in once(job).items()}
+        left = seconds - sum(job.seconds for job in there) - sum(paid.values())
+        for job in jobs:
+            if job.order[0] == peers.FIRST and job not in there and chosen[job.group]:
+                # the others had what was too little for it
+                assert job.seconds + sum(took for key, took in once(job).items() if key not in paid) > left
+    assert frozenset({"clipfast", "openai-clip", "onnxruntime", "OpenVINO"}) in seen
+    assert frozenset(peer.name for peer in asked) in seen
+
+
+def test_an_export_and_a_process_are_paid_once():
+    known = plan.Costs({"float32": 1e12}, {"tiny": TINY}, process=5.0)
+    one, other = groups(1, 8, models=("tiny",))[:2]
+    exporter = peers.known()["onnxruntime"]
+    once = known.once(one, exporter)
+    assert once == known.once(other, exporter)
+    process, export = once.values()
+    assert 5 < process < 5.1 and export == exporter.exports * 2
+    group = plan.choose([one, other], [exporter], known, ROUNDS._replace(share=0.0), ENDLESS)
+    calls = sum(job.seconds for job in plan.jobs([one, other], [exporter], known, ROUNDS._replace(share=0.0)))
+    assert plan.seconds(group, [exporter], known, ROUNDS._replace(share=0.0)) == pytest.approx(calls + process + export)
+    known.started(one, exporter)
+    assert list(known.once(one, exporter).values()) == [export]
+    known.learn_prepare(one, exporter, 7.0 + known.prepare(one, exporter))
+    assert known.once(one, exporter) == {}
+    text = one._replace(tower="text")
+    assert list(known.once(text, exporter).values()) == [7.0]
+    known.learn_prepare(other, exporter, 0.5)
+    assert known.prepare(one, exporter) == 0.5
 
 
 def test_a_compilers_further_rows_leave_the_time_to_who_was_short_of_it():
@@ -152,7 +206,7 @@ def test_a_compilers_further_rows_leave_the_time_to_who_was_short_of_it():
         for peer in everybody():
             slow = group.tower == "image" and peer.name == "transformers"
             known.learn(group, peer.name, 19.0 if slow else 1.0)
-    known.learn_prepare(rest[1], compiler.name, 1.0)
+    known.learn_prepare(rest[1], compiler, 1.0)
     few = ROUNDS._replace(share=0.0)
     seconds = total(plan.choose(rest, everybody(), known, few, ENDLESS), known, few) - 10
     chosen = plan.choose(rest, everybody(), known, few, seconds)
@@ -160,9 +214,13 @@ def test_a_compilers_further_rows_leave_the_time_to_who_was_short_of_it():
     assert not any(compiler.name in names for names in chosen.values())
 
 
+def turns(functions):
+    return {name: functools.partial(harness.timed, function) for name, function in functions.items()}
+
+
 def test_where_calls_are_slow_the_check_is_the_first_round():
     order = []
-    calls = {name: functools.partial(order.append, name) for name in "abc"}
+    calls = turns({name: functools.partial(order.append, name) for name in "abc"})
     rows = {name: {} for name in calls}
     contest.time_accepted(calls, rows, 2, checked={"a": 30.0, "b": 31.0})
     # c compiled in the check
@@ -182,7 +240,7 @@ def test_who_fails_after_a_slow_check_keeps_no_time():
         raise MemoryError("bad_alloc")
 
     rows = {"a": {}, "b": {}, "c": {}}
-    contest.time_accepted({"a": int, "b": fails, "c": fails}, rows, 3, checked={"a": 30.0, "b": 31.0})
+    contest.time_accepted(turns({"a": int, "b": fails, "c": fails}), rows, 3, checked={"a": 30.0, "b": 31.0})
     assert rows["a"]["rounds"] == 3
     assert rows["b"]["status"] == rows["c"]["status"] == "out of memory"
     assert "median_s" not in rows["b"]
@@ -190,8 +248,26 @@ def test_who_fails_after_a_slow_check_keeps_no_time():
 
 def test_rounds_stop_when_time_is_up_but_never_below_the_least():
     rows, order = {"a": {}, "b": {}}, []
-    calls = {name: functools.partial(order.append, name) for name in rows}
+    calls = turns({name: functools.partial(order.append, name) for name in rows})
     contest.time_accepted(calls, rows, 9, least=3, left=lambda: 0.0)
     assert rows["a"]["rounds"] == rows["b"]["rounds"] == 3
     # one round of warm-up; then nobody always runs behind the same neighbour
     assert "".join(order) == "ba" + "ab" + "ba" + "ab"
+
+
+def test_calls_of_a_turn_follow_each_other_and_none_is_left_over():
+    rows, order = {"a": {}, "b": {}}, []
+    calls = turns({name: functools.partial(order.append, name) for name in rows})
+    contest.time_accepted(calls, rows, 5, together=2, warm_up=False)
+    assert "".join(order) == "aabb" + "bbaa" + "ab"
+    assert rows["a"]["rounds"] == rows["b"]["rounds"] == 5
+
+
+def test_at_batch_1_a_turn_has_several_calls_if_there_are_enough():
+    known, group = costs(), groups(1)[0]
+    for peer in everybody():
+        known.learn(group, peer.name, 0.01)
+    found = plan.calls_of(group, everybody(), known, ROUNDS)
+    assert found[:] == (100, 3, False, plan.TOGETHER) and found.all(0.01) == 100 + 10 + 1
+    assert plan.calls_of(group, everybody(), known, plan.Rounds(15, 15, 10.0)).together == 3
+    assert plan.calls_of(group._replace(batch=8), everybody(), known, ROUNDS).together == 1

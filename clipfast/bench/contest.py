@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import environment, harness
 from clipfast.bench.accuracy import COSINE_GAPS, cosine_gap
-from clipfast.bench.harness import Function, Row
+from clipfast.bench.harness import Row, Turn
 from clipfast.bench.plan import FEW, Group
 
 # of a contestant that computes something else on purpose: beyond this it is not an approximation but wrong
 ROUGHEST_GAP = 0.1
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate", "bad allocation", "bad_alloc")
+OUT_OF_MEMORY = ("memoryerror", "out of memory", "not enough memory", "can't allocate", "bad allocation", "bad_alloc")
 
 
 # memory of activations, as copies of the widest tensor of a block
@@ -26,11 +26,25 @@ ACTIVATIONS = 8
 
 
 class Entry(NamedTuple):
-    """A contestant: whose it is, and whether it is an approximation on purpose."""
+    """A contestant.
+
+    peer:        whose it is.
+    first:       its first call: what that returns, and seconds.
+    turn:        more calls.
+    approximate: it is one on purpose.
+    """
 
     peer: str
-    call: Function
+    first: Callable[[], tuple[Tensor, float]]
+    turn: Turn
     approximate: bool = False
+
+    @staticmethod
+    def here(peer: str, function: Callable[[], Tensor], approximate: bool = False) -> Entry:
+        """Of a function in this process."""
+        return Entry(
+            peer, functools.partial(harness.first, function), functools.partial(harness.timed, function), approximate
+        )
 
 
 class Truth(NamedTuple):
@@ -70,11 +84,11 @@ def too_large(group: Group, device: torch.device) -> str:
 
 def failure(error: BaseException) -> Row:
     """The row of somebody who raised: out of memory is told apart from everything else."""
-    return _failed(harness.reason(error), isinstance(error, MemoryError | torch.OutOfMemoryError))
+    return _failed(harness.reason(error))
 
 
-def _failed(why: str, memory: bool = False) -> Row:
-    memory = memory or any(part in why.lower() for part in OUT_OF_MEMORY)
+def _failed(why: str) -> Row:
+    memory = any(part in why.lower() for part in OUT_OF_MEMORY)
     return {"status": "out of memory" if memory else "failed", "note": why}
 
 
@@ -85,22 +99,20 @@ def check(
     dtype: torch.dtype,
     rows: dict[str, Row],
     seen: Callable[[str, float], None] = lambda name, seconds: None,
-) -> dict[str, Function]:
+) -> dict[str, Turn]:
     """Call everybody once, and compare with float64 on samples and with the first who was right on every row.
 
     rows: gets everybody's errors and status.   seen: called with each one's name and the seconds of this first call.
-    Returns: the calls of those that may be timed.
+    Returns: those that may be timed.
     """
-    accepted: dict[str, Function] = {}
+    accepted: dict[str, Turn] = {}
     first: tuple[str, Tensor] | None = None
     for name, entry in entries.items():
-        start = time.perf_counter()
         try:
-            output = entry.call()
+            output, took = entry.first()
             if output.shape != (batch, truth.width) or not output.isfinite().all():
                 rows[name] = {"status": "WRONG", "note": f"shape {list(output.shape)}, or NaN or infinity in it"}
                 continue
-            took = time.perf_counter() - start  # a GPU has been waited for: what is finite was read
             found = harness.errors(truth.of(output), truth.exact)
         except Exception as error:
             rows[name] = failure(error)
@@ -113,7 +125,7 @@ def check(
             wrong = differs(output, first, dtype, truth.embeddings)
         rows[name] = {"status": "WRONG", "note": wrong, **found} if wrong else {"status": "untimed", **found}
         if not wrong:
-            accepted[name] = entry.call
+            accepted[name] = entry.turn
             if first is None and not entry.approximate:
                 first = (name, output.float())
     return accepted
@@ -130,10 +142,12 @@ def differs(output: Tensor, first: tuple[str, Tensor], dtype: torch.dtype, embed
 
 
 def time_accepted(
-    accepted: Mapping[str, Function],
+    accepted: Mapping[str, Turn],
     rows: dict[str, Row],
     rounds: int,
     *,
+    together: int = 1,
+    warm_up: bool = True,
     tick: Callable[[int], None] = lambda rounds: None,
     least: int = 1,
     left: Callable[[], float] = lambda: math.inf,
@@ -142,15 +156,18 @@ def time_accepted(
 ) -> None:
     """Interleaved rounds of those that are right; rows get times as they are found, also when somebody interrupts.
 
+    together:    calls of each in a turn.
+    warm_up:     one call of each before the first round does not count; not where each turn begins with one.
     checked:     seconds of the check, where calls take so long that it is the first round; who compiled in it is not
-                 there, and is called once more. None: the check does not count, and nor does a round of warm-up.
+                 there, and is called once more. None: the check does not count.
     approximate: names whose status says so.
     """
     seconds: dict[str, list[float]] = {}
 
-    def measure(functions: Mapping[str, Function], rounds: int, least: int) -> None:
-        failed = harness.time_rounds(
-            functions, rounds, seconds, tick=tick, least=least, left=left, warmup=1 if checked is None else 0
+    def measure(turns: Mapping[str, Turn], rounds: int, least: int) -> None:
+        warmup = int(warm_up and checked is None)
+        failed = harness.time_turns(
+            turns, rounds, seconds, tick=tick, least=least, together=together, left=left, warmup=warmup
         )
         for name, why in failed.items():
             rows[name] |= _failed(why)
@@ -160,8 +177,8 @@ def time_accepted(
             measure(accepted, rounds, least)
         else:
             seconds |= {name: [checked[name]] for name in accepted if name in checked}
-            measure({name: call for name, call in accepted.items() if name not in checked}, 1, 1)
-            able = {name: call for name, call in accepted.items() if name in seconds}
+            measure({name: turn for name, turn in accepted.items() if name not in checked}, 1, 1)
+            able = {name: turn for name, turn in accepted.items() if name in seconds}
             measure(able, rounds - 1, least - 1)
     finally:
         for name, values in seconds.items():

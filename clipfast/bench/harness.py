@@ -6,9 +6,11 @@ enter a row, so that the CSV and the printed table show the same ones.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +23,8 @@ from clipfast.timing import interleaved
 
 Row = dict[str, Any]
 Function = Callable[[], Any]
+# a contestant's calls, one after another: how many -> seconds of each
+Turn = Callable[[int], list[float]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # how far beyond the bound for whole models a contestant may be and still count as computing the same function
@@ -30,8 +34,14 @@ TIMES = ("rounds", "median_s", "p20_s", "p80_s")
 TAIL = ("p95_s", "p99_s")
 
 
+class Gone(Exception):
+    """What a contestant in a process of its own raised, or how that process ended, in the words of a row."""
+
+
 def reason(error: BaseException) -> str:
-    """An exception in one line without paths: results are published."""
+    """An exception in one line without paths: results are published. `Gone` has such a line already."""
+    if isinstance(error, Gone):
+        return str(error)
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {without_paths(first)}"[:160].rstrip(": ")
 
@@ -77,6 +87,21 @@ def verdict(found: Row, dtype: torch.dtype, embeddings: int = 1) -> str:
     return ", ".join(broken)
 
 
+def first(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """What a call returns, and the seconds that it took."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        output = function()
+        # a GPU is waited for: it is read
+        output.isfinite().all().item()
+    return output, time.perf_counter() - start
+
+
+def timed(function: Function, calls: int) -> list[float]:
+    """Seconds of so many calls, one after another."""
+    return interleaved({"": function}, rounds=calls, warmup=0)[""]
+
+
 class Failed(Exception):
     """A contestant raised while it was timed."""
 
@@ -85,53 +110,66 @@ class Failed(Exception):
         self.name, self.why = name, why
 
 
-def _named(name: str, function: Function) -> Function:
-    def call() -> Any:
-        try:
-            return function()
-        except Exception as error:
-            raise Failed(name, reason(error)) from error
-
-    return call
+def time_rounds(functions: Mapping[str, Function], *arguments: Any, **settings: Any) -> dict[str, str]:
+    """`time_turns` of functions in this process."""
+    turns = {name: functools.partial(timed, function) for name, function in functions.items()}
+    return time_turns(turns, *arguments, **settings)
 
 
-def time_rounds(
-    functions: Mapping[str, Function],
+def time_turns(
+    turns: Mapping[str, Turn],
     rounds: int,
     seconds: dict[str, list[float]],
     *,
     tick: Callable[[int], None] = lambda rounds: None,
     warmup: int = 1,
     least: int = 1,
+    together: int = 1,
     left: Callable[[], float] = lambda: math.inf,
 ) -> dict[str, str]:
-    """Time every function in interleaved rounds; the order rotates from round to round.
+    """Time everybody in interleaved turns; the order rotates from turn to turn.
 
-    seconds: filled as rounds finish, behind what it has, so that an interrupted run keeps those it has.
-    tick:    called with the number of rounds just finished.
-    warmup:  untimed rounds before the first.
-    least, left: after `least` rounds no more start once left(), in seconds, is 0.
-    Returns: name -> why, of functions that raised; the others go on without them.
+    rounds:  calls of each.   together: of them in a turn.
+    seconds: filled as turns finish, behind what it has, so that an interrupted run keeps those it has.
+    tick:    called with the number of calls of each just finished.
+    warmup:  untimed calls of each before the first turn.
+    least, left: after `least` calls of each no more start once left(), in seconds, is 0.
+    Returns: name -> why, of those that raised; the others go on without them.
     """
-    functions = {name: _named(name, function) for name, function in functions.items()}
-    seconds.update({name: seconds.get(name, []) for name in functions})
+    turns = dict(turns)
+    seconds.update({name: seconds.get(name, []) for name in turns})
     failed: dict[str, str] = {}
-    done = 0
-    while done < rounds and functions and (done < least or left() > 0):
-        names = list(functions)
-        first = done % len(names)
-        turn = {name: functions[name] for name in names[first:] + names[:first]}
+    done = number = 0
+    while done < rounds and turns and (done < least or left() > 0):
+        names = list(turns)
+        order = names[number % len(names) :] + names[: number % len(names)]
+        calls = min(together, rounds - done)
         try:
-            found = interleaved(turn, rounds=1, warmup=0 if done else warmup)
+            if warmup:
+                # nobody is timed right behind the one that it was warmed up behind
+                _each(turns, order[-1:] + order[:-1], warmup)
+                warmup = 0
+            found = _each(turns, order, calls)
         except Failed as failure:
             failed[failure.name] = failure.why
-            del functions[failure.name], seconds[failure.name]
+            del turns[failure.name], seconds[failure.name]
             continue
-        for name, times in found.items():
-            seconds[name] += times
-        done += 1
-        tick(1)
+        for name, values in found.items():
+            seconds[name] += values
+        done, number = done + calls, number + 1
+        tick(calls)
     return failed
+
+
+def _each(turns: Mapping[str, Turn], order: Iterable[str], calls: int) -> dict[str, list[float]]:
+    """One turn of everybody. Raises Failed."""
+    found = {}
+    for name in order:
+        try:
+            found[name] = turns[name](calls)
+        except Exception as error:
+            raise Failed(name, reason(error)) from error
+    return found
 
 
 def times(seconds: Iterable[float]) -> Row:

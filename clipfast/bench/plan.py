@@ -1,8 +1,9 @@
 """What is measured in the time there is: which contestants of which groups, and how many rounds.
 
 Every (group, peer) is a job with a predicted time: from the dense operations and the measured ceiling at first, then
-from what the same peer took in the same tower and dtype. Cheap jobs go first, so that most rows are filled; what does
-not fit is said to be out of time. The plan is made anew before each group, with the time that is left.
+from what the same peer took in the same tower and dtype. Ours with openai-clip and the other runtimes go first, then
+the peers by their rank; of each rank the cheap jobs, so that most rows are filled. What does not fit is said to be out
+of time. The plan is made anew before each group, with the time that is left.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from clipfast import roofline
-from clipfast.bench.peers import OPENAI, OURS, Peer
+from clipfast.bench.peers import FIRST, OPENAI, OURS, Peer
 
+# where a call takes less, a turn begins with one that is not timed: the caches were somebody else's
+WARM = 0.3
 # rounds that a median needs at the least; fewer than FEW are pointed out in the row
 LEAST_ROUNDS, FEW = 3, 5
 # seconds that they may take, or there are fewer; and of a round beyond which the check is the first of them
@@ -25,11 +28,15 @@ OTHER_MODEL = 1.4
 DOUBLE = 0.2
 # seconds of building one peer's model, for each parameter: an AMD EPYC's two cores, 2026-11-22, into fresh memory
 BUILD = 3e-9
+# of starting a process and importing a library there: the same, 2026-11-30
+PROCESS = 3.5
 # where a compiler is first asked: the largest batch of which a call takes less than this
 COMPILE_SECONDS = 3.0
-# as how much of its time a job counts: one row of a compiler in each model and dtype before the long ones of those who
-# need no preparation, its others last
-FIRST, COMPILED, LATER = 0.1, 0.05, 4.0
+# as how much of its time a compiler's job counts beyond its first tower in this model and dtype, and beyond its first
+# size in a tower
+OTHER_TOWER, OTHER_SIZE = 2.0, 8.0
+# calls of each in a turn at batch 1, where that leaves as many turns
+TOGETHER, TURNS = 10, 5
 
 
 class Group(NamedTuple):
@@ -50,11 +57,19 @@ class Group(NamedTuple):
 class Costs:
     """Predicted seconds, from what has been seen so far."""
 
-    def __init__(self, ceilings: Mapping[str, float], architectures: Mapping[str, Mapping[str, Any]]):
-        self.ceilings, self.architectures = ceilings, architectures
+    def __init__(
+        self,
+        ceilings: Mapping[str, float],
+        architectures: Mapping[str, Mapping[str, Any]],
+        process: float = PROCESS,
+    ):
+        """process: seconds of starting one for a peer; 0 where all share one."""
+        self.ceilings, self.architectures, self._process = ceilings, architectures, process
         self._rates: dict[tuple[str, str, str], float] = {}  # (peer, dtype, tower) -> dense FLOP/s
         self._timed: set[tuple[str, str, str, str]] = set()  # (peer, model, dtype, tower)
-        self._prepares: dict[str, float] = {}  # peer -> seconds a layer
+        self._prepares: dict[str, float] = {}  # peer -> seconds a layer, of each size
+        self._exports: dict[str, float] = {}  # the same, of each tower
+        self._paid: set[tuple[str, ...]] = set()  # what was exported and started: keys of `once`
 
     def flops(self, group: Group) -> float:
         # the logits' square is left out: it is nothing beside the towers
@@ -75,8 +90,19 @@ class Costs:
         return contestants * self.flops(group) / (FIRST_GUESS * self.ceilings[group.dtype])
 
     def prepare(self, group: Group, peer: Peer) -> float:
-        """Compiling or converting for this group."""
+        """Compiling or converting for this group, without what is done once."""
         return self._prepares.get(peer.name, peer.prepares) * self.layers(group)
+
+    def once(self, group: Group, peer: Peer) -> dict[tuple[str, ...], float]:
+        """Seconds of what this group and others need and is not there yet: the peer's process and model, its export."""
+        model, dtype, tower, *_ = group
+        needed: dict[tuple[str, ...], float] = {
+            (peer.name, model, dtype): self._process + BUILD * self._parameters(model)
+        }
+        if peer.exports:
+            export = self._exports.get(peer.name, peer.exports) * self.layers(group)
+            needed[peer.name, model, dtype, tower] = export
+        return {key: seconds for key, seconds in needed.items() if key not in self._paid}
 
     def learn(self, group: Group, peer: str, seconds: float) -> None:
         self._rates[peer, group.dtype, group.tower] = self.flops(group) / max(seconds, 1e-9)
@@ -86,18 +112,30 @@ class Costs:
         """The towers in which the peer was timed in this model and dtype, in a batch of any size."""
         return {tower for name, model, dtype, tower in self._timed if (name, model, dtype) == (peer, *group[:2])}
 
-    def learn_prepare(self, group: Group, peer: str, seconds: float) -> None:
-        self._prepares[peer] = seconds / self.layers(group)
+    def started(self, group: Group, peer: Peer) -> None:
+        """Its process and model are there."""
+        self._paid.add((peer.name, *group[:2]))
 
-    def start(self, model: str, dtype: str, peers: int) -> float:
-        """Drawing the weights and building everybody's model."""
+    def learn_prepare(self, group: Group, peer: Peer, seconds: float) -> None:
+        """What preparing this group took, with what is done once if that was not there."""
+        key = (peer.name, *group[:3])
+        if peer.exports and key not in self._paid:
+            self._exports[peer.name] = max(0.0, seconds - self.prepare(group, peer)) / self.layers(group)
+            self._paid.add(key)
+        else:
+            self._prepares[peer.name] = seconds / self.layers(group)
+
+    def start(self, model: str) -> float:
+        """Drawing the weights and writing them for everybody."""
+        return 4 * BUILD * self._parameters(model)
+
+    def _parameters(self, model: str) -> float:
         sizes = self.architectures[model]
         # three parameters in four are in the blocks: 12 W^2 each
         width, text_width = sizes["vision_width"], sizes["transformer_width"]
         layers = sizes["vision_layers"] if isinstance(sizes["vision_layers"], int) else 12
         parameters = 12 * (layers * width**2 + sizes["transformer_layers"] * text_width**2)
-        parameters += sizes["vocab_size"] * text_width
-        return BUILD * parameters * (2 + peers)
+        return parameters + sizes["vocab_size"] * text_width
 
     def exact(self, group: Group, samples: int) -> float:
         """The float64 answer of so many samples."""
@@ -117,48 +155,73 @@ class Rounds(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Of each contestant of a group.   least: rounds that are made even if they are late."""
+    """Of each contestant of a group.
+
+    least:        rounds that are made even if they are late.
+    check_counts: the check is the first round.
+    together:     rounds that are made in one turn.
+    """
 
     rounds: int
     least: int
-    check_counts: bool  # the check is the first round
+    check_counts: bool
+    together: int = 1
 
-    @property
-    def all(self) -> int:
-        """With the check and the round of warm-up, where they do not count."""
-        return self.rounds + 2 * (not self.check_counts)
+    def all(self, call: float) -> int:
+        """With the check, where it does not count, and an untimed call in each turn, where one takes `call` seconds."""
+        turns = -(-self.rounds // self.together)
+        return self.rounds + (not self.check_counts) + turns * (call < WARM)
 
 
 def calls_of(group: Group, peers: Iterable[Peer], costs: Costs, rounds: Rounds) -> Calls:
-    """As many rounds as fit into the seconds with everybody who needs no preparation, from the least to the most."""
-    one = sum(costs.call(group, peer.name) for peer in peers if not peer.prepares)
+    """As many rounds as fit into the seconds with everybody who does not compile, from the least to the most."""
+    calls = [costs.call(group, peer.name) for peer in peers if not peer.compiles]
+    one, warm = sum(calls), sum(call for call in calls if call < WARM)
     most = rounds.at(group.batch)
     least = min(most, LEAST_ROUNDS if LEAST_ROUNDS * one <= LEAST_SECONDS else max(1, int(LEAST_SECONDS / one)))
-    fit = most if most * one <= rounds.share else int(rounds.share / one)
-    return Calls(max(least, fit), least, one > QUICK_ROUND)
+    # at batch 1 several share an untimed call
+    each = one + warm / (TOGETHER if group.batch == 1 else 1)
+    fit = most if most * each <= rounds.share else int(rounds.share / each)
+    count = max(least, fit)
+    together = max(1, min(TOGETHER, count // TURNS)) if group.batch == 1 else 1
+    return Calls(count, least, one > QUICK_ROUND, together)
 
 
 class Job(NamedTuple):
+    """Of a group.
+
+    seconds: without what is done once.
+    order:   the least first.
+    base:    without it nobody else is asked.
+    waits:   not asked where somebody before it was short of time: predictions get better.
+    """
+
     group: Group
     peers: tuple[Peer, ...]
     seconds: float
-    weight: float  # above 1: later than its time alone would put it
-    base: bool = False  # the group's first, without which the others are not asked
+    order: tuple[int, float]
+    base: bool = False
+    waits: bool = False
 
 
 def jobs(groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: Rounds) -> Iterable[Job]:
     """The first of each group is ours with openai-clip: a row that is compared with nobody says nothing."""
     for group in groups:
         able = [peer for peer in peers if group.dtype in peer.dtypes]
-        calls = calls_of(group, able, costs, rounds).all
+        calls = calls_of(group, able, costs, rounds)
+
+        def seconds(peer: Peer, group: Group = group, calls: Calls = calls) -> float:
+            call = costs.call(group, peer.name)
+            return costs.prepare(group, peer) + calls.all(call) * call
+
         first = tuple(peer for peer in able if peer.name in (OURS, OPENAI)) or tuple(able[:1])
-        yield Job(group, first, calls * sum(costs.call(group, peer.name) for peer in first), FIRST, base=True)
+        base = sum(seconds(peer) for peer in first)
+        yield Job(group, first, base, (FIRST, base), base=True)
         for peer in able:
-            if peer in first:
-                continue
-            seconds = costs.prepare(group, peer) + calls * costs.call(group, peer.name)
-            weight = _compiler_weight(group, groups, peer, costs) if peer.prepares else FIRST * peer.weight
-            yield Job(group, (peer,), seconds, weight)
+            if peer not in first:
+                weight = _compiler_weight(group, groups, peer, costs) if peer.compiles else 1.0
+                order = (peer.rank, max(base, weight * seconds(peer)))
+                yield Job(group, (peer,), seconds(peer), order, waits=weight > 1)
 
 
 def _compiler_weight(group: Group, groups: Sequence[Group], peer: Peer, costs: Costs) -> float:
@@ -166,10 +229,10 @@ def _compiler_weight(group: Group, groups: Sequence[Group], peer: Peer, costs: C
     same = [other for other in groups if other[:2] == group[:2]]
     timed = costs.timed(group, peer.name)
     if not timed and group == _asked_first(same, peer, costs):
-        return peer.weight * COMPILED
+        return 1.0
     same = [other for other in same if other.tower == group.tower]
     first = group.tower not in timed and group == _asked_first(same, peer, costs)
-    return peer.weight if first else peer.weight * LATER
+    return OTHER_TOWER if first else OTHER_SIZE
 
 
 def _asked_first(groups: Sequence[Group], peer: Peer, costs: Costs) -> Group:
@@ -184,15 +247,29 @@ def choose(
     """The peers of each group that fit into `seconds` together; none for a group whose first job does not."""
     chosen: dict[Group, list[str]] = {group: [] for group in groups}
     left, missed = seconds, False
-    found = list(jobs(groups, peers, costs, rounds))
-    bases = {job.group: job.seconds * job.weight for job in found if job.base}
-    for job in sorted(found, key=lambda job: (max(bases[job.group], job.seconds * job.weight), not job.base)):
-        # what somebody before it was short of is not for a compiler's further rows: predictions get better
-        waits = missed and job.weight > COMPILED and any(peer.prepares for peer in job.peers)
-        if job.seconds <= left and (job.base or chosen[job.group]) and not waits:
+    paid: set[tuple[str, ...]] = set()
+    for job in sorted(jobs(groups, peers, costs, rounds), key=lambda job: (job.order, not job.base)):
+        once = {key: took for peer in job.peers for key, took in costs.once(job.group, peer).items() if key not in paid}
+        needed = job.seconds + sum(once.values())
+        if needed <= left and (job.base or chosen[job.group]) and not (missed and job.waits):
             chosen[job.group] += [peer.name for peer in job.peers]
-            left -= job.seconds
+            left -= needed
+            paid |= once.keys()
         else:
             missed = True
     order: Callable[[str], int] = [peer.name for peer in peers].index
     return {group: sorted(names, key=order) for group, names in chosen.items()}
+
+
+def seconds(chosen: Mapping[Group, Sequence[str]], peers: Sequence[Peer], costs: Costs, rounds: Rounds) -> float:
+    """Predicted, of all that is chosen."""
+    total = 0.0
+    once: dict[tuple[str, ...], float] = {}
+    for group, names in chosen.items():
+        able = [peer for peer in peers if peer.name in names]
+        calls = calls_of(group, able, costs, rounds)
+        for peer in able:
+            call = costs.call(group, peer.name)
+            total += costs.prepare(group, peer) + calls.all(call) * call
+            once |= costs.once(group, peer)
+    return total + sum(once.values())

@@ -6,8 +6,7 @@ import argparse
 import gc
 import json
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,20 @@ from torch import Tensor
 
 from clipfast import roofline
 from clipfast.architectures import ARCHITECTURES
-from clipfast.bench import ceilings, contest, environment, harness, output, peers, plan, tables, workload
+from clipfast.bench import (
+    ceilings,
+    compare,
+    contest,
+    environment,
+    harness,
+    output,
+    peers,
+    plan,
+    seats,
+    tables,
+    training,
+    workload,
+)
 from clipfast.bench.budget import Budget
 from clipfast.bench.exact import Exact
 from clipfast.bench.harness import Row, significant
@@ -72,7 +84,9 @@ class Run:
             for tower in options.towers
             for batch in options.batch
         ]
-        self.costs = plan.Costs(self.ceilings.products, ARCHITECTURES)
+        apart = seats.apart(self.device)
+        self.costs = plan.Costs(self.ceilings.products, ARCHITECTURES, plan.PROCESS if apart else 0.0)
+        self.house = seats.House(apart)
         self.exact = Exact(self.costs, self.groups, options.captions)
         self.path = self._open()
 
@@ -94,15 +108,18 @@ class Run:
         try:
             self._begin()
             for model in self.options.models:
-                weights = workload.random_weights(ARCHITECTURES[model])
-                self.weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
+                self.bar.say(f"{model}: weights")
+                self.weights = self.house.weights(workload.random_weights(ARCHITECTURES[model]), self.device)
                 for dtype in self.options.dtypes:
                     self._model(model, dtype)
+                    self.house.forget()
                     gc.collect()
         except KeyboardInterrupt:
             self.bar.clear()
             print("\ninterrupted: what is above is all that was measured")
             status = 130
+        finally:
+            self.house.close()
         self._save()
         if not self.options.no_plots:
             self._plots()
@@ -156,36 +173,27 @@ class Run:
         named = [peer for peer in self.peers if peer.name not in self.missing]
         rounds = plan.Rounds(options.rounds, options.tail, SHARE * self.budget.left() / len(rest))
         self.rounds = rounds
-        built = {g[:2] for g in self.groups if g not in rest}
-        overhead = sum(self.costs.start(*pair, len(named)) for pair in {g[:2] for g in rest} - built)
+        begun = {g.model for g in self.groups if g not in rest} | {group.model}
+        overhead = sum(self.costs.start(model) for model in {g.model for g in rest} - begun)
         overhead += self.exact.seconds(rest)
         seconds = self.budget.left() - overhead
         chosen = plan.choose(rest, named, self.costs, rounds, seconds)
         able = [peer for peer in named if peer.name in chosen[group]]
-        self.bar.plan(max(0.0, min(self.budget.left(), self._predicted(chosen, rounds) + overhead)))
+        predicted = plan.seconds(chosen, named, self.costs, rounds)
+        self.bar.plan(max(0.0, min(self.budget.left(), predicted + overhead)))
         return chosen[group], plan.calls_of(group, able, self.costs, rounds)
-
-    def _predicted(self, chosen: Mapping[Group, Sequence[str]], rounds: plan.Rounds) -> float:
-        total = 0.0
-        for group, names in chosen.items():
-            able = [peer for peer in self.peers if peer.name in names]
-            calls = plan.calls_of(group, able, self.costs, rounds).all
-            total += sum(self.costs.prepare(group, p) + calls * self.costs.call(group, p.name) for p in able)
-        return total
 
     # -----------------------------------------------------------------------------------------------------------------
 
     def _model(self, model: str, dtype: str) -> None:
         """Every group of one model in one dtype. The contestants' models live no longer than this call."""
-        sizes = ARCHITECTURES[model]
-        spec = peers.Spec(self.weights, sizes, harness.DTYPES[dtype], self.device)
-        built: dict[str, peers.Prepare] = {}
+        spec = peers.Spec(self.weights, ARCHITECTURES[model], harness.DTYPES[dtype], self.device)
         self.missing = {peer.name: f"no {dtype}" for peer in self.peers if dtype not in peer.dtypes}
         for group in self.groups:
             if (group.model, group.dtype) == (model, dtype):
-                self._group(group, spec, built)
+                self._group(group, spec)
 
-    def _group(self, group: Group, spec: peers.Spec, built: dict[str, peers.Prepare]) -> None:
+    def _group(self, group: Group, spec: peers.Spec) -> None:
         """Build, check, time, print and write one group; what was measured is kept when somebody interrupts."""
         names, calls = self._chosen(group)
         rows: dict[str, Row] = {}
@@ -197,12 +205,8 @@ class Run:
                 data = workload.inputs(spec.architecture, group.batch, self.options.captions)
                 text = data["text"]
                 batch = peers.Batch(*(data[name].to(self.device) for name in ("image", "text")))
-                if group.tower == "train":
-                    from clipfast.bench import training
-
-                    training.compare(self, group, spec, batch, names, calls, rows)
-                else:
-                    self._compare(group, spec, batch, names, calls, built, rows)
+                where = training if group.tower == "train" else compare
+                where.compare(self, group, spec, batch, names, calls, rows)
         except (MemoryError, RuntimeError) as error:  # the inputs themselves do not fit
             rows |= {name: contest.failure(error) for name in names if name not in rows}
         finally:
@@ -213,106 +217,7 @@ class Run:
                 elif peer.name not in names and peer.name not in self.missing:
                     rows.setdefault(peer.name, skipped)
             self._report(group, spec.architecture, rows, text)
-        # what is compiled for one size is of no use to the next; both lie in cycles, and looking for them takes 0.3 s
-        if group.tower == "train" or any(peer.prepares and peer.name in names for peer in self.peers):
-            torch.compiler.reset()
-            gc.collect()
-
-    def _entries(
-        self,
-        group: Group,
-        spec: peers.Spec,
-        batch: peers.Batch,
-        names: Sequence[str],
-        built: dict[str, peers.Prepare],
-        rows: dict[str, Row],
-    ) -> tuple[dict[str, contest.Entry], dict[str, float]]:
-        """Contestant -> call, and peer -> seconds of preparing it. Who cannot be built is missing from now on."""
-        entries: dict[str, contest.Entry] = {}
-        seconds: dict[str, float] = {}
-        for peer in self.peers:
-            if peer.name not in names:
-                continue
-            self.bar.say(f"{group.title()}: preparing {peer.name}")
-            try:
-                if peer.name not in built:
-                    built[peer.name] = peer.build(spec)
-            except Exception as error:
-                known = isinstance(error, peers.Missing)
-                self.missing[peer.name] = str(error) if known else f"not run: {harness.reason(error)}"
-                continue
-            start = time.perf_counter()
-            try:
-                calls = built[peer.name](group.tower, batch)
-            except Exception as error:  # of this size only
-                rows[peer.name] = contest.failure(error)
-                continue
-            seconds[peer.name] = time.perf_counter() - start
-            entries |= {name: contest.Entry(peer.name, call, peer.approximate) for name, call in calls.items()}
-        return entries, seconds
-
-    def _compare(
-        self,
-        group: Group,
-        spec: peers.Spec,
-        batch: peers.Batch,
-        names: Sequence[str],
-        calls: plan.Calls,
-        built: dict[str, peers.Prepare],
-        rows: dict[str, Row],
-    ) -> None:
-        entries, prepared = self._entries(group, spec, batch, names, built, rows)
-        self.bar.say(f"{group.title()}: float64 reference")
-        truth = self.exact.truth(group, spec)
-        by_name = {peer.name: peer for peer in self.peers}
-        alone: dict[str, float] = {}  # contestant -> seconds of its first call
-        first: dict[str, float] = {}  # peer -> the same of all its contestants
-
-        def seen(name: str, seconds: float) -> None:
-            self.bar.say(f"{group.title()}: {name} checked")
-            alone[name] = seconds
-            peer = by_name[entries[name].peer]
-            first[peer.name] = first.get(peer.name, 0.0) + seconds
-            if peer.prepares:
-                prepared[peer.name] = prepared.get(peer.name, 0.0) + seconds
-                self.costs.learn_prepare(group, peer.name, prepared[peer.name])
-
-        with torch.no_grad():
-            accepted = contest.check(entries, truth, group.batch, spec.dtype, rows, seen)
-        approximate = frozenset(name for name, entry in entries.items() if entry.approximate)
-        for name, seconds in first.items():
-            # a first call is slower than the next: still the better prediction where it was the shorter one
-            if not by_name[name].prepares and seconds < self.costs.call(group, name):
-                self.costs.learn(group, name, seconds)
-        again = plan.calls_of(group, [by_name[name] for name in first], self.costs, self.rounds)
-        eager = {name: seconds for name, seconds in alone.items() if not by_name[entries[name].peer].prepares}
-        try:
-            contest.time_accepted(
-                accepted,
-                rows,
-                max(calls.rounds, again.rounds),
-                tick=lambda done: self.bar.say(f"{group.title()}: rounds"),
-                least=again.least,
-                # a prediction may have been far too low
-                left=self.budget.part(LATE * self.rounds.share).left,
-                checked=eager if again.check_counts else None,
-                approximate=approximate,
-            )
-        finally:
-            self._learn(group, entries, rows, prepared)
-
-    def _learn(
-        self, group: Group, entries: Mapping[str, contest.Entry], rows: Mapping[str, Row], prepared: Mapping[str, float]
-    ) -> None:
-        taken: dict[str, float] = {}
-        for name, entry in entries.items():
-            rows[name]["version"] = peers.version(next(p for p in self.peers if p.name == entry.peer))
-            if entry.peer in prepared:
-                rows[name]["prepare_s"] = significant(prepared[entry.peer])
-            if "median_s" in rows[name]:
-                taken[entry.peer] = taken.get(entry.peer, 0.0) + rows[name]["median_s"]
-        for peer, seconds in taken.items():
-            self.costs.learn(group, peer, seconds)
+        self.house.forget(keep=lambda seat: seat.alive)
 
     # -----------------------------------------------------------------------------------------------------------------
 

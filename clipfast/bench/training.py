@@ -176,7 +176,7 @@ def compare(
     small = Batch(batch.images[:SMALL], batch.text[:SMALL])
     run.bar.say(f"{group.title()}: float64 gradients")
     loss, exact = exact_gradients(spec.weights, small)
-    accepted: dict[str, harness.Function] = {}
+    accepted: dict[str, harness.Turn] = {}
     for name, trainer in found.items():
         run.bar.say(f"{group.title()}: {name}")
         try:
@@ -187,7 +187,7 @@ def compare(
         rows[name] = {"status": "WRONG", "note": wrong, **row} if wrong else {"status": "untimed", **row}
         rows[name]["version"] = peers.version(peers.known()[name])
         if not wrong:
-            accepted[name] = functools.partial(trainer.step, batch)
+            accepted[name] = functools.partial(harness.timed, functools.partial(trainer.step, batch))
     contest.time_accepted(accepted, rows, calls.rounds, least=calls.least, left=run.budget.left)
     for name in accepted:
         if "median_s" in rows[name]:

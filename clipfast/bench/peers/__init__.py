@@ -14,6 +14,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,12 +34,17 @@ Calls = dict[str, Call]
 
 
 class Spec(NamedTuple):
-    """Which model, and how.   weights: float32 on the device, under openai/CLIP's names."""
+    """Which model, and how.
+
+    weights: float32 on the device, under openai/CLIP's names.
+    folder:  where what is made of these weights may be kept, and found by others; None: nowhere.
+    """
 
     weights: Mapping[str, Tensor]
     architecture: Mapping[str, Any]
     dtype: torch.dtype
     device: torch.device = torch.device("cpu")
+    folder: Path | None = None
 
 
 class Batch(NamedTuple):
@@ -51,12 +57,18 @@ class Batch(NamedTuple):
 Prepare = Callable[[str, Batch], Calls]  # (tower, batch); a tower it does not have gives {}
 
 
+# other runtimes; other ways to write the same model; transformers; compilers of openai-clip, and what is quantised
+FIRST, SECOND, THIRD, LAST = range(4)
+
+
 class Peer(NamedTuple):
     """Somebody to compare with.
 
     distribution: whose version is shown.   approximate: computes something else on purpose, so it is never an equal.
-    prepares:     seconds that preparing one call takes for each layer, as a first guess (compilers).
-    weight:       above 1 it is asked after others that take as long.
+    prepares:     seconds that preparing one size takes for each layer, as a first guess.
+    exports:      the same of what is done once for all sizes of a tower; without it, who prepares compiles in the first
+                  call.
+    rank:         who is left out first where time is short: the greatest (LAST down to FIRST).
     devices:      where it runs.   dtypes: names of what it computes in.
     usual:        asked also when nobody names it.
     """
@@ -66,10 +78,16 @@ class Peer(NamedTuple):
     build: Callable[[Spec], Prepare]
     approximate: bool = False
     prepares: float = 0.0
-    weight: float = 1.0
+    exports: float = 0.0
+    rank: int = SECOND
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     usual: bool = True
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first call of each size compiles."""
+        return bool(self.prepares) and not self.exports
 
 
 class Missing(Exception):

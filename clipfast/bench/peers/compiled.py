@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipfast.bench.peers import OPENAI, Batch, Calls, Peer, Prepare, Spec, call, module, openai
+from clipfast.bench.peers import LAST, OPENAI, Batch, Calls, Peer, Prepare, Spec, call, module, openai
 
 NAME = f"{OPENAI} torch.compile"
 
@@ -60,7 +60,7 @@ def _tensorrt(spec: Spec) -> Prepare:
 AUTOTUNED = f"{NAME} max-autotune, cpu"
 TENSORRT = f"{OPENAI} TensorRT"
 PEERS = (
-    Peer(NAME, "torch", _inductor, prepares=1.5),
-    Peer(AUTOTUNED, "torch", _max_autotune, prepares=20.0, devices=("cpu",), usual=False),
-    Peer(TENSORRT, "torch-tensorrt", _tensorrt, prepares=5.0, devices=("cuda",)),
+    Peer(NAME, "torch", _inductor, prepares=1.5, rank=LAST),
+    Peer(AUTOTUNED, "torch", _max_autotune, prepares=20.0, rank=LAST, devices=("cpu",), usual=False),
+    Peer(TENSORRT, "torch-tensorrt", _tensorrt, prepares=5.0, rank=LAST, devices=("cuda",)),
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.bench.peers import (
+    THIRD,
     TRANSFORMERS,
     Batch,
     Call,
@@ -115,5 +116,7 @@ def _flash(spec: Spec) -> Prepare:
     return build(spec, "flash_attention_2", ", flash-attn")
 
 
-PEER = Peer("transformers", "transformers", functools.partial(build))
-FLASH = Peer("transformers flash-attn", "flash-attn", _flash, devices=("cuda",), dtypes=("bfloat16", "float16"))
+PEER = Peer("transformers", "transformers", functools.partial(build), rank=THIRD)
+FLASH = Peer(
+    "transformers flash-attn", "flash-attn", _flash, rank=THIRD, devices=("cuda",), dtypes=("bfloat16", "float16")
+)

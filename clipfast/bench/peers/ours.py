@@ -53,4 +53,4 @@ def packed() -> Peer:
     laid_out = [
         name for name, dtype in DTYPES.items() if not dispatch.runs_on("cpu", ("linear",), torch.device("cpu"), dtype)
     ]
-    return Peer(PREPACKED, OURS, build_prepacked, weight=40.0, devices=("cpu",), dtypes=tuple(laid_out))
+    return Peer(PREPACKED, OURS, build_prepacked, devices=("cpu",), dtypes=tuple(laid_out))

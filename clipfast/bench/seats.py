@@ -1,0 +1,302 @@
+"""Where contestants live: on a GPU in this process, on a CPU each peer in a process of its own.
+
+Two pools of threads that spin in one process disturb each other. So on a CPU a peer has a process for a whole model and
+dtype, with its library's own settings, and that process is stopped (SIGSTOP) while another is asked: nothing of it can
+run. Where the system has no such signal, it waits in a pipe.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from clipfast.bench import environment, harness, peers
+from clipfast.bench.harness import Gone
+from clipfast.bench.peers import Batch, Peer, Spec
+from clipfast.bench.plan import WARM
+
+# of memory that a model takes while it is built, as copies of its weights, and of what it imports
+COPIES, IMPORTS = 2, 1 << 29
+
+
+class Seat(Protocol):
+    """One peer, built; whoever raises here costs its own rows only."""
+
+    def prepare(self, tower: str, batch: Batch) -> list[str]:
+        """The names of its contestants, ready to be called."""
+
+    def first(self, name: str) -> tuple[Tensor, float]:
+        """What a call returns, and the seconds that it took."""
+
+    def turn(self, name: str, calls: int) -> list[float]:
+        """Seconds of so many calls, one after another."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked again."""
+
+
+class Here:
+    """In this process."""
+
+    alive = True
+
+    def __init__(self, peer: Peer, spec: Spec):
+        """Raises: whatever building raises."""
+        self._peer, self._prepare = peer, peer.build(spec)
+        self._calls: peers.Calls = {}
+
+    def prepare(self, tower: str, batch: Batch) -> list[str]:
+        # what was prepared for another size is of no use, and lies in cycles; looking for them takes 0.3 s
+        self._calls = {}
+        if self._peer.prepares:
+            torch.compiler.reset()
+            gc.collect()
+        self._calls = self._prepare(tower, batch)
+        return list(self._calls)
+
+    def first(self, name: str) -> tuple[Tensor, float]:
+        return harness.first(self._calls[name])
+
+    def turn(self, name: str, calls: int) -> list[float]:
+        return harness.timed(self._calls[name], calls)
+
+
+class Apart(Here):
+    """In a worker's process: tensors come and go as arrays."""
+
+    def prepare(self, tower: str, batch: Any) -> list[str]:
+        return super().prepare(tower, Batch(*map(torch.from_numpy, batch)))
+
+    def first(self, name: str) -> Any:
+        output, seconds = super().first(name)
+        # exact: what is narrower than float32 has no more digits
+        return output.float().numpy(), seconds
+
+    def turn(self, name: str, calls: int, warm: bool = False) -> list[float]:
+        if warm:
+            self._calls[name]()
+        return super().turn(name, calls)
+
+
+def built(peer: Peer, weights: Path, threads: int, spec: Spec) -> Apart:
+    """In a worker: the peer of `spec`, whose weights are those of the file."""
+    torch.set_num_threads(threads)
+    return Apart(peer, spec._replace(weights=torch.load(weights, mmap=True)))
+
+
+# the child looks for everything where this process does
+CHILD = "import sys; sys.path[:] = {path!r}; from clipfast.bench import worker; worker.main({parent})"
+
+# so that none outlives this process, however it ends (but for SIGKILL, after which the system ends them)
+_running: set[Worker] = set()
+
+
+class Worker:
+    """A peer in a process of its own, stopped unless it is asked."""
+
+    def __init__(self, peer: Peer, spec: Spec, weights: Path):
+        """weights: of `torch.save`; those of the spec are not used.
+
+        Raises: Missing; Gone for anything else that goes wrong over there; MemoryError where there is no room.
+        """
+        needed = COPIES * weights.stat().st_size + IMPORTS
+        if needed > (free := environment.available_bytes(spec.device)):
+            raise MemoryError(f"out of memory: {needed / 2**30:.1f} GiB to build it, {free / 2**30:.1f} GiB are free")
+        self._why = ""
+        self._last: dict[str, float] = {}  # contestant -> seconds of its last call
+        self._kills = _kills_for_memory()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        threads = torch.get_num_threads()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", CHILD.format(path=sys.path, parent=os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+        _running.add(self)
+        try:
+            self._ask("build", peer, weights, threads, spec._replace(weights={}))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return not self._why
+
+    def prepare(self, tower: str, batch: Batch) -> list[str]:
+        self._last = {}
+        return self._ask("prepare", tower, tuple(data.numpy() for data in batch))
+
+    def first(self, name: str) -> tuple[Tensor, float]:
+        output, self._last[name] = self._ask("first", name)
+        return torch.from_numpy(output), self._last[name]
+
+    def turn(self, name: str, calls: int) -> list[float]:
+        found = self._ask("turn", name, calls, self._last.get(name, 0.0) < WARM)
+        self._last[name] = found[-1]
+        return found
+
+    def close(self) -> None:
+        """End it, and whatever it has started."""
+        self._why = self._why or "its process was ended"
+        _running.discard(self)
+        self._signal("SIGKILL")
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def _ask(self, *message: Any) -> Any:
+        if self._why:
+            raise Gone(self._why)
+        self._signal("SIGCONT")
+        try:
+            pickle.dump(message, self._process.stdin)
+            self._process.stdin.flush()
+            status, answer = pickle.load(self._process.stdout)
+        except (EOFError, OSError) as error:
+            self._why = self._death()
+            self.close()
+            raise Gone(self._why) from error
+        except BaseException:
+            # half an answer may be in the pipe
+            self.close()
+            raise
+        self._hold()
+        if status == "missing":
+            raise peers.Missing(answer)
+        if status == "failed":
+            raise Gone(answer)
+        return answer
+
+    def _hold(self) -> None:
+        """Stop it, every thread, before anybody else goes on."""
+        self._signal("SIGSTOP")
+        if hasattr(signal, "SIGSTOP") and hasattr(os, "waitid"):
+            # its end is left for who asks next
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def _signal(self, name: str) -> None:
+        """To the process and those that it has started; nothing where there is no such signal."""
+        number = getattr(signal, name, None)
+        if number is None or not hasattr(os, "killpg") or self._process.poll() is not None:
+            return
+        # its group is its own from its first line on, before which it has nobody
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(self.pid) == self.pid:
+                os.killpg(self.pid, number)
+            else:
+                self._process.send_signal(number)
+
+    def _death(self) -> str:
+        """Why it is gone: a signal's name, or the last line that it wrote."""
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "its process closed the pipe"
+        if code < 0:
+            memory = code == -signal.SIGKILL and _kills_for_memory() > self._kills
+            return f"its process was ended by {signal.Signals(-code).name}{': out of memory' if memory else ''}"
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return harness.without_paths(": ".join([f"its process ended with status {code}", *lines[-1:]]))[:160]
+
+
+def _kills_for_memory() -> int:
+    """How many processes the system has killed for their memory since it started; 0 where it does not say."""
+    try:
+        found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), flags=re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found[1]) if found else 0
+
+
+@atexit.register
+def close_all() -> None:
+    """End every worker that is left."""
+    for worker in list(_running):
+        worker.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def apart(device: torch.device) -> bool:
+    """Whether each peer has a process of its own: not on a GPU, where each would have a context, and memory for it."""
+    return device.type == "cpu"
+
+
+class House:
+    """All seats of one model at a time, and the folder of what they share.
+
+    apart: each in a process of its own.
+    """
+
+    def __init__(self, apart: bool):
+        self.apart = apart
+        self.seats: dict[str, Seat] = {}  # by peer
+        self._temporary = tempfile.TemporaryDirectory(prefix="clipfast-bench-", ignore_cleanup_errors=True)
+        self._folder = Path(self._temporary.name)
+
+    def weights(self, drawn: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+        """A model's weights, from now on where every seat finds them. Raises OSError if there is no room for them."""
+        self._empty()
+        if not self.apart:
+            return {name: tensor.to(device) for name, tensor in drawn.items()}
+        try:
+            torch.save(dict(drawn), self._file)
+        except RuntimeError as error:
+            raise OSError(f"no room for the weights in {self._folder.parent}: {error}") from error
+        # all processes read the same memory
+        return torch.load(self._file, mmap=True)
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / "weights.pt"
+
+    def seat(self, peer: Peer, spec: Spec) -> Seat:
+        """That of the peer, built if it is not there. Raises: as building it, or starting its process, does."""
+        if peer.name not in self.seats:
+            spec = spec._replace(folder=self._folder)
+            self.seats[peer.name] = Worker(peer, spec, self._file) if self.apart else Here(peer, spec)
+        return self.seats[peer.name]
+
+    def forget(self, keep: Callable[[Seat], bool] = lambda seat: False) -> None:
+        """Leave only those to keep; the others are built again when they are asked for."""
+        for name, seat in list(self.seats.items()):
+            if not keep(seat):
+                if isinstance(seat, Worker):
+                    seat.close()
+                del self.seats[name]
+
+    def _empty(self) -> None:
+        self.forget()
+        for path in self._folder.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.forget()
+        self._temporary.cleanup()
