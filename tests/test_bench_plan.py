@@ -185,7 +185,7 @@ def test_an_export_and_a_process_are_paid_once():
     once = known.once(one, exporter)
     assert once == known.once(other, exporter)
     process, export = once.values()
-    assert 5 < process < 5.1 and export == exporter.exports * 2
+    assert 5 < process / plan.SIDE_BY_SIDE < 5.1 and export == plan.SIDE_BY_SIDE * exporter.exports * 2
     group = plan.choose([one, other], [exporter], known, ROUNDS._replace(share=0.0), ENDLESS)
     calls = sum(job.seconds for job in plan.jobs([one, other], [exporter], known, ROUNDS._replace(share=0.0)))
     assert plan.seconds(group, [exporter], known, ROUNDS._replace(share=0.0)) == pytest.approx(calls + process + export)
@@ -194,7 +194,7 @@ def test_an_export_and_a_process_are_paid_once():
     known.learn_prepare(one, exporter, 7.0 + known.prepare(one, exporter))
     assert known.once(one, exporter) == {}
     text = one._replace(tower="text")
-    assert list(known.once(text, exporter).values()) == [7.0]
+    assert list(known.once(text, exporter).values()) == [plan.SIDE_BY_SIDE * 7.0]
     known.learn_prepare(other, exporter, 0.5)
     assert known.prepare(one, exporter) == 0.5
 

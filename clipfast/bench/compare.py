@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -69,30 +68,26 @@ def _entries(
     """Contestant -> its calls, and peer -> seconds of preparing them. Who cannot be built is missing from now on."""
     entries: dict[str, contest.Entry] = {}
     seconds: dict[str, float] = {}
-    for peer in asked.values():
-        run.bar.say(f"{group.title()}: preparing {peer.name}")
-        try:
-            seat = run.house.seat(peer, spec)
-        except MemoryError as error:  # there may be more of it for the next group
+    run.bar.say(f"{group.title()}: preparing {', '.join(asked)}")
+    for peer, seat, built, names, took, error in run.house.prepare(asked.values(), spec, group.tower, batch):
+        run.bar.say(f"{group.title()}: {peer.name} prepared")
+        if built:
+            run.costs.started(group, peer)
+        if isinstance(error, peers.Missing):
+            run.missing[peer.name] = str(error)
+        elif error is not None and not built and not isinstance(error, MemoryError):
+            run.missing[peer.name] = f"not run: {harness.reason(error)}"
+        elif error is not None:  # of this size only; there may be more memory for the next
             rows[peer.name] = contest.failure(error)
+        if error is not None:
             continue
-        except Exception as error:
-            known = isinstance(error, peers.Missing)
-            run.missing[peer.name] = str(error) if known else f"not run: {harness.reason(error)}"
-            continue
-        run.costs.started(group, peer)
-        start = time.perf_counter()
-        try:
-            contestants = seat.prepare(group.tower, batch)
-        except Exception as error:  # of this size only
-            rows[peer.name] = contest.failure(error)
-            continue
-        seconds[peer.name] = time.perf_counter() - start
+        seconds[peer.name] = took
         if not peer.compiles:
-            run.costs.learn_prepare(group, peer, seconds[peer.name])
-        for name in contestants:
+            run.costs.learn_prepare(group, peer, took)
+        for name in names:
             calls = functools.partial(seat.first, name), functools.partial(seat.turn, name)
             entries[name] = contest.Entry(peer.name, *calls, peer.approximate)
+    run.house.forget(keep=lambda seat: seat.alive)
     return entries, seconds
 
 

@@ -30,6 +30,8 @@ DOUBLE = 0.2
 BUILD = 3e-9
 # of starting a process and importing a library there: the same, 2026-11-30
 PROCESS = 3.5
+# of that and of exports, what is left since several are prepared at a time: of 27 s and 15 s, 27 s
+SIDE_BY_SIDE = 0.65
 # where a compiler is first asked: the largest batch of which a call takes less than this
 COMPILE_SECONDS = 3.0
 # as how much of its time a compiler's job counts beyond its first tower in this model and dtype, and beyond its first
@@ -102,7 +104,8 @@ class Costs:
         if peer.exports:
             export = self._exports.get(peer.name, peer.exports) * self.layers(group)
             needed[peer.name, model, dtype, tower] = export
-        return {key: seconds for key, seconds in needed.items() if key not in self._paid}
+        share = SIDE_BY_SIDE if self._process else 1.0
+        return {key: share * seconds for key, seconds in needed.items() if key not in self._paid}
 
     def learn(self, group: Group, peer: str, seconds: float) -> None:
         self._rates[peer, group.dtype, group.tower] = self.flops(group) / max(seconds, 1e-9)

@@ -18,9 +18,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ from clipfast.bench.harness import Gone
 from clipfast.bench.peers import Batch, Peer, Spec
 from clipfast.bench.plan import WARM
 
+# how many are built and prepared at a time, each in its process: exporters use one core
+AT_ONCE = 2
 # of memory that a model takes while it is built, as copies of its weights, and of what it imports
 COPIES, IMPORTS = 2, 1 << 29
 
@@ -48,18 +52,34 @@ class Seat(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked again."""
+        """Whether it is built, and can be asked again."""
+
+    def build(self) -> None:
+        """Once, before anything else is asked."""
+
+    def close(self) -> None:
+        """Nothing is asked of it any more."""
 
 
 class Here:
     """In this process."""
 
-    alive = True
-
     def __init__(self, peer: Peer, spec: Spec):
-        """Raises: whatever building raises."""
-        self._peer, self._prepare = peer, peer.build(spec)
+        self._peer, self._spec = peer, spec
+        self._prepare: peers.Prepare | None = None
         self._calls: peers.Calls = {}
+
+    @property
+    def alive(self) -> bool:
+        return self._prepare is not None
+
+    def build(self) -> None:
+        """Raises: whatever building raises."""
+        if self._prepare is None:
+            self._prepare = self._peer.build(self._spec)
+
+    def close(self) -> None:
+        self._prepare, self._calls = None, {}
 
     def prepare(self, tower: str, batch: Batch) -> list[str]:
         # what was prepared for another size is of no use, and lies in cycles; looking for them takes 0.3 s
@@ -97,7 +117,9 @@ class Apart(Here):
 def built(peer: Peer, weights: Path, threads: int, spec: Spec) -> Apart:
     """In a worker: the peer of `spec`, whose weights are those of the file."""
     torch.set_num_threads(threads)
-    return Apart(peer, spec._replace(weights=torch.load(weights, mmap=True)))
+    seat = Apart(peer, spec._replace(weights=torch.load(weights, mmap=True)))
+    seat.build()
+    return seat
 
 
 # the child looks for everything where this process does
@@ -111,31 +133,33 @@ class Worker:
     """A peer in a process of its own, stopped unless it is asked."""
 
     def __init__(self, peer: Peer, spec: Spec, weights: Path):
-        """weights: of `torch.save`; those of the spec are not used.
+        """Start it. In the main thread: the process ends with the thread that started it.
 
-        Raises: Missing; Gone for anything else that goes wrong over there; MemoryError where there is no room.
+        weights: of `torch.save`; those of the spec are not used.
         """
-        needed = COPIES * weights.stat().st_size + IMPORTS
-        if needed > (free := environment.available_bytes(spec.device)):
-            raise MemoryError(f"out of memory: {needed / 2**30:.1f} GiB to build it, {free / 2**30:.1f} GiB are free")
+        self._peer, self._spec, self._weights, self._built = peer, spec._replace(weights={}), weights, False
         self._why = ""
         self._last: dict[str, float] = {}  # contestant -> seconds of its last call
         self._kills = _kills_for_memory()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        threads = torch.get_num_threads()
         self._process = subprocess.Popen(
             [sys.executable, "-c", CHILD.format(path=sys.path, parent=os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
         _running.add(self)
-        try:
-            self._ask("build", peer, weights, threads, spec._replace(weights={}))
-        except BaseException:
-            self.close()
-            raise
+
+    def build(self) -> None:
+        """Once. Raises: Missing; Gone for whatever else goes wrong over there; MemoryError where there is no room."""
+        if self._built:
+            return
+        needed = COPIES * self._weights.stat().st_size + IMPORTS
+        if needed > (free := environment.available_bytes(self._spec.device)):
+            raise MemoryError(f"out of memory: {needed / 2**30:.1f} GiB to build it, {free / 2**30:.1f} GiB are free")
+        self._ask("build", self._peer, self._weights, torch.get_num_threads(), self._spec)
+        self._built = True
 
     @property
     def pid(self) -> int:
@@ -143,7 +167,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return not self._why
+        return self._built and not self._why
 
     def prepare(self, tower: str, batch: Batch) -> list[str]:
         self._last = {}
@@ -244,6 +268,21 @@ def close_all() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Prepared(NamedTuple):
+    """What `House.prepare` did for a peer.
+
+    built:   whether its model is there.
+    names:   of its contestants.   seconds: of preparing them.   error: why there are none.
+    """
+
+    peer: Peer
+    seat: Seat
+    built: bool
+    names: Sequence[str] = ()
+    seconds: float = 0.0
+    error: Exception | None = None
+
+
 def apart(device: torch.device) -> bool:
     """Whether each peer has a process of its own: not on a GPU, where each would have a context, and memory for it."""
     return device.type == "cpu"
@@ -277,19 +316,39 @@ class House:
     def _file(self) -> Path:
         return self._folder / "weights.pt"
 
-    def seat(self, peer: Peer, spec: Spec) -> Seat:
-        """That of the peer, built if it is not there. Raises: as building it, or starting its process, does."""
-        if peer.name not in self.seats:
-            spec = spec._replace(folder=self._folder)
-            self.seats[peer.name] = Worker(peer, spec, self._file) if self.apart else Here(peer, spec)
-        return self.seats[peer.name]
+    def prepare(self, asked: Iterable[Peer], spec: Spec, tower: str, batch: Batch) -> Iterator[Prepared]:
+        """Everybody's contestants, in this order; who has no seat is built first. Who fails says so in `error`."""
+        asked, spec = list(asked), spec._replace(folder=self._folder)
+        for peer in asked:
+            if peer.name not in self.seats:
+                self.seats[peer.name] = Worker(peer, spec, self._file) if self.apart else Here(peer, spec)
+
+        def prepared(peer: Peer) -> Prepared:
+            seat, start, built = self.seats[peer.name], 0.0, False
+            try:
+                seat.build()
+                start, built = time.perf_counter(), True
+                names = seat.prepare(tower, batch)
+            except Exception as error:
+                return Prepared(peer, seat, built, error=error)
+            return Prepared(peer, seat, built, names, time.perf_counter() - start)
+
+        if not self.apart:
+            yield from map(prepared, asked)
+            return
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                yield from pool.map(prepared, asked)
+            except BaseException:
+                # threads wait for their answers
+                self.forget()
+                raise
 
     def forget(self, keep: Callable[[Seat], bool] = lambda seat: False) -> None:
         """Leave only those to keep; the others are built again when they are asked for."""
         for name, seat in list(self.seats.items()):
             if not keep(seat):
-                if isinstance(seat, Worker):
-                    seat.close()
+                seat.close()
                 del self.seats[name]
 
     def _empty(self) -> None:

@@ -5,6 +5,8 @@ A tower is converted once, for a batch of any size; the graph is given its size 
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,8 +19,15 @@ NAME = "OpenVINO"
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
+def library() -> ModuleType:
+    """openvino. Raises Missing."""
+    # each conversion would tell its makers about it, over the network
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return module("openvino", "openvino")
+
+
 def build(spec: Spec) -> Prepare:
-    library = module("openvino", "openvino")
+    openvino = library()
     if spec.dtype not in HINTS:
         raise Missing(f"OpenVINO: no hint for {spec.dtype}")
     # the hint says what it computes in; the weights come as the float32 numbers that everybody's rounding leaves
@@ -26,7 +35,7 @@ def build(spec: Spec) -> Prepare:
         made = openai.shared(spec)
     else:
         made = openai.model(spec._replace(weights=rounded(spec.weights, spec.dtype), dtype=torch.float32))
-    core = library.Core()
+    core = openvino.Core()
     graphs: dict[str, Any] = {}  # by tower, for a batch of any size
 
     def prepare(tower: str, batch: Batch) -> Calls:
@@ -37,7 +46,7 @@ def build(spec: Spec) -> Prepare:
             sizes = [-1, *inputs.shape[1:]]
             with quiet(), torch.no_grad():
                 whole = Tower(made, tower).eval()
-                graphs[tower] = library.convert_model(whole, example_input=example(inputs), input=[sizes])
+                graphs[tower] = openvino.convert_model(whole, example_input=example(inputs), input=[sizes])
         graph = graphs[tower].clone()
         graph.reshape(list(inputs.shape))
         settings = {
