@@ -12,7 +12,7 @@ import torch
 import clipfast
 from clipfast import dispatch
 from clipfast.architectures import ARCHITECTURES
-from clipfast.bench import ceilings, contest, harness, peers, plan, seats, tables, workload
+from clipfast.bench import ceilings, contest, harness, house, peers, plan, tables, workload
 from clipfast.bench.peers import Missing, Peer
 from clipfast.cli import main
 from clipfast.roofline import Work
@@ -29,7 +29,7 @@ def _tiny(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
     monkeypatch.setattr(ceilings, "measure", lambda device, dtypes, quick: CEILINGS)
     # peers of these tests are closures; tests/test_bench_seats.py has processes
-    monkeypatch.setattr(seats, "apart", lambda device: False)
+    monkeypatch.setattr(house, "apart", lambda device: False)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -15,6 +15,7 @@ import torch
 
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import ceilings, contest, harness, peers, seats, workload
+from clipfast.bench.house import House
 from clipfast.bench.peers import Batch, Spec, onnx, openvino
 
 from . import peers as installed
@@ -76,7 +77,7 @@ def test_who_is_asked_runs_alone_and_who_dies_costs_its_own_row_only(monkeypatch
 
 @pytest.fixture
 def house():
-    made = seats.House(apart=True)
+    made = House(apart=True)
     yield made
     made.close()
 
@@ -133,7 +134,7 @@ def test_no_process_is_left_after_an_exception(monkeypatch, tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "kill", "kill -9"])
 def test_no_process_is_left_when_the_run_is_ended(number, tmp_path):
     """With one process in a call that takes minutes, and others stopped."""
     code = f"import sys; from tests.bench_peers import {alone.__name__}; sys.exit(alone(*sys.argv[1:]))"
@@ -159,11 +160,9 @@ def test_no_process_is_left_when_the_run_is_ended(number, tmp_path):
     finally:
         process.kill()
         process.wait()
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and "interrupted" in out
-        assert not list(tmp_path.glob("clipfast-bench-*"))
-    else:
-        assert process.returncode == -9
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert ("interrupted" in out) == (number == signal.SIGINT)
+    assert number == signal.SIGKILL or not list(tmp_path.glob("clipfast-bench-*"))
 
 
 # ---- what is made of a model is made once ----

@@ -9,6 +9,7 @@ import torch
 
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import arguments, peers, workload
+from clipfast.bench.house import ended_properly
 from clipfast.bench.run import Run
 from clipfast.commands import CommandError, pick_device
 
@@ -26,7 +27,8 @@ def run(options: argparse.Namespace, written: list[Path] | None = None) -> int:
     resolve(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    return Run(options, written)()
+    with ended_properly():
+        return Run(options, written)()
 
 
 def resolve(options: argparse.Namespace) -> None:

@@ -21,10 +21,10 @@ from clipfast.bench import (
     contest,
     environment,
     harness,
+    house,
     output,
     peers,
     plan,
-    seats,
     tables,
     training,
     workload,
@@ -84,9 +84,9 @@ class Run:
             for tower in options.towers
             for batch in options.batch
         ]
-        apart = seats.apart(self.device)
+        apart = house.apart(self.device)
         self.costs = plan.Costs(self.ceilings.products, ARCHITECTURES, plan.PROCESS if apart else 0.0)
-        self.house = seats.House(apart)
+        self.house = house.House(apart)
         self.exact = Exact(self.costs, self.groups, options.captions)
         self.path = self._open()
 
