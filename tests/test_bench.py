@@ -371,6 +371,9 @@ def test_pictures_are_drawn_from_the_rows(monkeypatch, tmp_path):
     for by, what in ((CEILINGS.by, ceilings.PEAK), ({}, ceilings.PRODUCT)):  # an older file does not say it
         (legend,) = plots.points(rows_of(tmp_path), CEILINGS.rates, by).legends
         assert any(text.get_text().endswith(what) for text in legend.get_texts())
+    # where reading was measured, by bytes of weights
+    figure = plots.points(rows_of(tmp_path), CEILINGS.rates | {ceilings.READ: 2e10}, CEILINGS.by)
+    assert "20 GB/s" in figure.axes[0].get_title() and figure.axes[0].get_xlabel().endswith("of the weights")
     first = (tmp_path / "it-throughput.svg").read_bytes()
     plots.draw(rows_of(tmp_path), CEILINGS.rates, CEILINGS.by, tmp_path / "it")
     assert (tmp_path / "it-throughput.svg").read_bytes() == first

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
-from clipfast.bench import report
+from clipfast.bench import plots, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -17,6 +18,16 @@ def test_the_readme_is_what_the_results_give():
     readme = (ROOT / "README.md").read_text()
     section = report.made(RESULTS, "benchmarks/results")
     assert report.replaced(readme, section) == readme, "run `make readme`"
+
+
+def test_results_of_before_reading_was_measured_are_drawn_by_copying():
+    pytest.importorskip("matplotlib")
+    facts = json.loads((RESULTS / "cpu-2026-11-22.json").read_text())
+    rows = [row for row in report.read(RESULTS) if row["file"] == "cpu-2026-11-22.csv" and row["median_s"]]
+    figure = plots.points(rows, facts["ceilings"], facts.get("ceilings_by", {}))
+    assert [axis.get_title() for axis in figure.axes if axis.lines] == [
+        f"{name}: {facts['ceilings'][name] / 1e9:.0f} GFLOP/s, 38 GB/s" for name in ("float32", "bfloat16")
+    ]
 
 
 def write(folder, name, date, rows):
