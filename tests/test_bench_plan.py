@@ -140,7 +140,7 @@ def test_a_compiler_that_has_its_row_is_not_asked_first_again():
 
     def waits():
         found = plan.jobs(rest[1:], everybody(), known, ROUNDS)
-        return [(job.waits, job.order[1] / job.seconds) for job in found if compiler in job.peers]
+        return [(job.waits, round(job.order[1] / job.seconds, 1)) for job in found if compiler in job.peers]
 
     assert waits() == [(False, 1.0)]
     known.learn(rest[0], compiler.name, 0.1)
@@ -176,6 +176,20 @@ def test_who_is_left_out_first_where_time_is_short():
                 assert job.seconds + sum(took for key, took in once(job).items() if key not in paid) > left
     assert frozenset({"clipfast", "openai-clip", "onnxruntime", "OpenVINO"}) in seen
     assert frozenset(peer.name for peer in asked) in seen
+
+
+def test_an_export_takes_no_row_of_openai_clip_away():
+    known, found = costs(), groups(1, 8, models=("tiny",))
+    asked = [*everybody()[:2], peers.known()["onnxruntime"]]
+    few = ROUNDS._replace(share=0.0)
+    for group in found:
+        for peer in asked:
+            known.learn(group, peer.name, 0.002 * group.batch)
+    base = sum(job.seconds for job in plan.jobs(found, asked, known, few) if job.base)
+    export = known.once(found[0], asked[-1])
+    assert base < sum(export.values()) / 2, "else this shows nothing"
+    assert all(plan.choose(found, asked, known, few, 1.1 * base).values())
+    assert all(plan.choose(found, asked, known, few, 1.1 * base + sum(export.values())).values())
 
 
 def test_an_export_and_a_process_are_paid_once():

@@ -72,9 +72,10 @@ def measure(device: torch.device, dtypes: Iterable[str], *, quick: bool = False)
         product, peak = product_flops_per_s(device, dtype, size), 0.0
         if device.type == "cpu":
             loop = 0.002 if quick else 0.05
-            peak = multiply_adds_per_s(dtype, loop, torch.get_num_threads())
             if single := multiply_adds_per_s(dtype, loop, 1):
                 found.single[name] = single
+            # no less than one thread: somebody else may have a core
+            peak = max(single, multiply_adds_per_s(dtype, loop, torch.get_num_threads()))
         found.products[name] = product
         found.rates[name], found.by[name] = max((peak, PEAK), (product, PRODUCT))
     return found

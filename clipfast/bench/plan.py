@@ -223,7 +223,9 @@ def jobs(groups: Sequence[Group], peers: Sequence[Peer], costs: Costs, rounds: R
         for peer in able:
             if peer not in first:
                 weight = _compiler_weight(group, groups, peer, costs) if peer.compiles else 1.0
-                order = (peer.rank, max(base, weight * seconds(peer)))
+                # an export may take longer than all the calls: those of other groups' openai-clip come before it
+                needed = seconds(peer) + sum(costs.once(group, peer).values())
+                order = (peer.rank, max(base, weight * needed))
                 yield Job(group, (peer,), seconds(peer), order, waits=weight > 1)
 
 
