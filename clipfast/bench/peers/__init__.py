@@ -64,6 +64,7 @@ FIRST, SECOND, THIRD, LAST = range(4)
 class Peer(NamedTuple):
     """Somebody to compare with.
 
+    build:        a function of a module, or a partial of one: it goes to a process of its own.
     distribution: whose version is shown.   approximate: computes something else on purpose, so it is never an equal.
     prepares:     seconds that preparing one size takes for each layer, as a first guess.
     exports:      the same of what is done once for all sizes of a tower; without it, who prepares compiles in the first
