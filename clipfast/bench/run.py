@@ -48,7 +48,7 @@ START_COLUMNS = (
 )
 # kept of the time for tables, plots and what a prediction is wrong by
 RESERVE = 0.015
-# the share of it after which no further contestant's start is measured
+# the share of it in which contestants' starts are measured, as many as fit
 START = 0.1
 # of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
 SHARE = 0.12
@@ -152,7 +152,7 @@ class Run:
         for peer in self.peers:
             if peer.name not in (peers.OURS, *start.MODULES) or dtype not in peer.dtypes:
                 continue
-            if spent.spent() > START * self.budget.left() or not self.budget.allows(start.SECONDS):
+            if spent.spent() + start.SECONDS > START * self.budget.left():
                 break
             self.bar.say(f"{peer.name}: import, first call and memory, in a process of its own")
             row = start.measure(peer.name, model, dtype, self.device, self.options.captions)
