@@ -59,22 +59,27 @@ typedef struct clipfast_cpu_attention_args {
     float scale;
 } clipfast_cpu_attention_args;
 
-/* out = activation(x weight^T + bias) + residual. Sums and all that follows are float32, rounded once at the end. */
+/* out = activation(x weight^T + bias) + residual, or with LayerNorm(x) for x. Sums and all that follows are float32, rounded
+ * once at the end; LayerNorm is computed in float32 and rounded to dtype.
+ */
 typedef struct clipfast_cpu_linear_args {
-    int64_t struct_size;  /* sizeof(clipfast_cpu_linear_args) */
-    const void *x;        /* [rows, terms] of dtype, contiguous like all of these */
-    const void *weight;   /* [columns, terms]; or what clipfast_cpu_pack made of it, if packed */
-    const void *bias;     /* [columns], or null for none */
-    const void *residual; /* [rows, columns], or null for none */
-    void *out;            /* [rows, columns] */
+    int64_t struct_size;     /* sizeof(clipfast_cpu_linear_args) */
+    const void *x;           /* [rows, terms] of dtype, contiguous like all of these */
+    const void *weight;      /* [columns, terms]; or what clipfast_cpu_pack made of it, if packed */
+    const void *bias;        /* [columns], or null for none */
+    const void *residual;    /* [rows, columns], or null for none */
+    const void *norm_weight; /* [terms] float32; null: x as it is */
+    const void *norm_bias;   /* [terms] float32, if there is a norm_weight */
+    void *out;               /* [rows, columns] */
     int64_t rows;
     int64_t columns;
     int64_t terms;
-    int32_t dtype;        /* clipfast_cpu_dtype */
-    int32_t activation;   /* clipfast_cpu_activation */
-    int32_t packed;       /* not 0: by clipfast_cpu_pack, for the same dtype and instructions */
-    int32_t threads;      /* OpenMP's, at most */
-    int32_t instructions; /* clipfast_cpu_instructions */
+    int32_t dtype;           /* clipfast_cpu_dtype */
+    int32_t activation;      /* clipfast_cpu_activation */
+    int32_t packed;          /* not 0: by clipfast_cpu_pack, for the same dtype and instructions */
+    int32_t threads;         /* OpenMP's, at most */
+    int32_t instructions;    /* clipfast_cpu_instructions */
+    float eps;               /* of LayerNorm */
 } clipfast_cpu_linear_args;
 
 /* A weight in the order in which clipfast_cpu_linear multiplies it, so that no call has to turn it. */

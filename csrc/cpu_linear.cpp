@@ -54,6 +54,28 @@ inline void tile_of(int64_t rows, const uint32_t *x, const uint32_t *panel, int6
     tile<T, R>(x, panel, steps, to, add, ahead);
 }
 
+// LayerNorm of a row in float32, rounded to T as an operator of its own would return it
+template <typename T>
+void normalise(const clipfast_cpu_linear_args &args, const T *row, T *to) {
+    const auto plus = [](Floats a, Floats b) { return a + b; };
+    const int64_t n = args.terms;
+    Floats sums = {}, squares = {};
+    for (int64_t i = 0; i < n; i += LANES) sums += load_some(row + i, n - i);
+    const float mean = across_lanes<LANES / 2>(sums, plus)[0] / float(n);
+    for (int64_t i = 0; i < n; i += LANES) {
+        Floats off = load_some(row + i, n - i) - mean;
+        for (int64_t lane = n - i; lane < LANES; lane++) off[lane] = 0;
+        squares += off * off;
+    }
+    const float scale = 1 / __builtin_sqrtf(across_lanes<LANES / 2>(squares, plus)[0] / float(n) + args.eps);
+    const float *const weight = static_cast<const float *>(args.norm_weight);
+    const float *const bias = static_cast<const float *>(args.norm_bias);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats off = (load_some(row + i, n - i) - mean) * scale;
+        store_some(to + i, off * load_some(weight + i, n - i) + load_some(bias + i, n - i), n - i);
+    }
+}
+
 // Rows of x, copied: [chains][count][CHAIN].
 struct Rows {
     int64_t first, count; // of all rows
@@ -145,14 +167,20 @@ struct Product {
             for (int64_t c = 0; c < n; c += LANES) finished(load(sums + r * GROUP + c), row + r, column + c, n - c);
     }
 
-    // rows of x from `row` on, by all threads together
-    void copy_rows(int64_t row, int64_t rows, uint32_t *to) const {
-        const char *const from = static_cast<const char *>(args.x) + row * chains.bytes;
+    // rows of x from `row` on, by all threads together.   memory: for a row
+    void copy_rows(int64_t row, int64_t rows, uint32_t *to, T *memory) const {
+        const T *const x = static_cast<const T *>(args.x) + row * args.terms;
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++)
+        for (int64_t r = 0; r < rows; r++) {
+            const T *from = x + r * args.terms;
+            if (args.norm_weight != nullptr) {
+                normalise(args, from, memory);
+                from = memory;
+            }
             for (int64_t c = 0; c < chains.count; c++)
-                copy_row<T>(from + r * chains.bytes + 4 * c * chains.length, chains.bytes_of(c),
+                copy_row<T>(reinterpret_cast<const char *>(from) + 4 * c * chains.length, chains.bytes_of(c),
                             chains.words_of(c) * STEPS<T>, to + (c * rows + r) * CHAIN);
+        }
     }
 };
 
@@ -168,7 +196,8 @@ int linear(const clipfast_cpu_linear_args &args) {
     if (args.rows == 0 || args.columns == 0) return CLIPFAST_CPU_OK;
     const Product<T> product(args);
     const int64_t blocks = (args.rows + BLOCK - 1) / BLOCK, most = (args.rows + blocks - 1) / blocks;
-    const int64_t of_x = product.chains.count * most * CHAIN, of_thread = PANEL * CHAIN + most * GROUP;
+    const int64_t of_x = product.chains.count * most * CHAIN, of_row = up(product.chains.words, LINE / 4);
+    const int64_t of_thread = PANEL * CHAIN + most * GROUP + of_row;
     uint32_t *const x = static_cast<uint32_t *>(aligned_alloc(LINE, up(4 * (of_x + args.threads * of_thread), LINE)));
     if (x == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
     std::atomic<int64_t> taken{0};
@@ -176,11 +205,12 @@ int linear(const clipfast_cpu_linear_args &args) {
     {
         uint32_t *const memory = x + of_x + omp_get_thread_num() * of_thread;
         float *const sums = reinterpret_cast<float *>(memory + PANEL * CHAIN);
+        T *const one_row = reinterpret_cast<T *>(sums + most * GROUP);
         int64_t task = taken++, start = 0;
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t row = args.rows * block / blocks, rows = args.rows * (block + 1) / blocks - row;
             const int64_t parts = parts_of(rows, product.groups, args.threads), end = start + parts * product.groups;
-            product.copy_rows(row, rows, x);
+            product.copy_rows(row, rows, x, one_row);
             while (task < end) {
                 // taken when this one begins, so that its weight can be asked for
                 const int64_t next = taken++, part = (task - start) / product.groups;

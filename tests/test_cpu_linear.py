@@ -209,5 +209,5 @@ def test_gradients_are_refused():
 
 def test_operator():
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (torch.randn(2, 5, 8), torch.randn(3, 8), None, torch.randn(3), torch.randn(2, 5, 3), "gelu", "best")
+    arguments = (torch.randn(2, 5, 8), torch.randn(3, 8), None, torch.randn(3), torch.randn(2, 5, 3), None, None, "gelu", "best", 0.0)
     torch.library.opcheck(torch.ops.clipfast.cpu_linear.default, arguments, test_utils=tests)

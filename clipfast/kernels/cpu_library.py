@@ -41,9 +41,10 @@ class LinearArgs(Structure):
 
     _fields_ = [
         ("struct_size", c_int64),
-        *((name, c_void_p) for name in ("x", "weight", "bias", "residual", "out")),
+        *((name, c_void_p) for name in ("x", "weight", "bias", "residual", "norm_weight", "norm_bias", "out")),
         *((name, c_int64) for name in ("rows", "columns", "terms")),
         *((name, c_int32) for name in ("dtype", "activation", "packed", "threads", "instructions")),
+        ("eps", c_float),
     ]
 
 

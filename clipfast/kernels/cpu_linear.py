@@ -25,8 +25,11 @@ def _linear_fwd(
     packed: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     activation: str,
     instructions: str,
+    eps: float,
 ) -> Tensor:
     if not (x.dtype == weight.dtype == (x if residual is None else residual).dtype):
         raise TypeError(f"x is {x.dtype}, weight {weight.dtype}: they and the residual must have one dtype")
@@ -34,10 +37,12 @@ def _linear_fwd(
     x, read = x.contiguous(), weight.contiguous() if packed is None else packed
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     residual = None if residual is None else residual.contiguous()
+    norm = (vector if vector is None else vector.float().contiguous() for vector in (norm_weight, norm_bias))
+    norm_weight, norm_bias = norm
     out = x.new_empty(*x.shape[:-1], columns)
     args = LinearArgs(
         ctypes.sizeof(LinearArgs),
-        *(pointer(tensor) for tensor in (x, read, bias, residual, out)),
+        *(pointer(tensor) for tensor in (x, read, bias, residual, norm_weight, norm_bias, out)),
         out.numel() // max(1, columns),
         columns,
         terms,
@@ -46,6 +51,7 @@ def _linear_fwd(
         packed is not None,
         threads(),
         form(instructions),
+        eps,
     )
     run("linear", args)
     return out
@@ -57,15 +63,18 @@ def _fake(
     packed: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     activation: str,
     instructions: str,
+    eps: float,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
 _linear = library.define(
-    "cpu_linear(Tensor x, Tensor weight, Tensor? packed, Tensor? bias, Tensor? residual, str activation, "
-    "str instructions) -> Tensor",
+    "cpu_linear(Tensor x, Tensor weight, Tensor? packed, Tensor? bias, Tensor? residual, Tensor? norm_weight, "
+    "Tensor? norm_bias, str activation, str instructions, float eps) -> Tensor",
     _linear_fwd,
     _fake,
     devices=("CPU",),
@@ -99,6 +108,7 @@ def linear(
     activation: str | None,
     residual: Tensor | None,
     instructions: str = "best",
+    norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """activation(x @ weight.T + bias) + residual, summed in float32 and rounded once.
 
@@ -106,15 +116,32 @@ def linear(
     a CPU; copied if not contiguous. What `kept.keep` was asked to keep of the weight is packed once.
     activation:   None, "quick_gelu" or "gelu".
     instructions: "best", or "baseline", "avx2", "avx512", "avx512_bf16" to force one.
+    norm:         weight [K], bias [K] and eps of a LayerNorm of x before all this, in float32, rounded to x's dtype.
     Returns: [..., N], dtype of x.
     Raises:  RuntimeError if the library is missing or this CPU has not the instructions, TypeError if dtypes differ.
     """
     packed = kept.layout(weight, pack, instructions)
-    return _linear(x, weight, packed, bias, residual, activation or "none", instructions)
+    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    return _linear(x, weight, packed, bias, residual, norm_weight, norm_bias, activation or "none", instructions, eps)
 
 
-# `clipfast.ops.mlp` and `patch_embed` without gradients; dtypes as `linear`'s
-mlp = functools.partial(eager.mlp, multiply=linear)
+def mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    """`clipfast.ops.mlp` without gradients; dtypes as `linear`'s."""
+    hidden = linear(x, fc1_weight, fc1_bias, activation, None, norm=(norm_weight, norm_bias, eps))
+    return linear(hidden, fc2_weight, fc2_bias, None, x)
+
+
+# `clipfast.ops.patch_embed` without gradients; dtypes as `linear`'s
 patch_embed = functools.partial(eager.patch_embed_by, linear)
 
 
