@@ -568,10 +568,11 @@ class CLIP(nn.Module):
                 module.grad_checkpointing = enable
 
     def prepack_weights(self, enable: bool = True) -> CLIP:
-        """For inference on a CPU: keeps the linear layers' weights laid out for oneDNN, not anew in each call.
+        """For inference on a CPU: keeps the linear layers' weights in the order in which products read them.
 
-        It saves where oneDNN multiplies (`clipfast.explain()`): many rows of bfloat16, or no libclipfast_cpu. The
-        layouts take as much memory again as those weights. After an optimiser's step and after every edit that PyTorch
+        It saves most at one image or a few captions. The layouts take as much memory again as those weights; twice as
+        much where both libclipfast_cpu and oneDNN multiply (`clipfast.explain()`): bfloat16, in small batches and in
+        large ones. After an optimiser's step and after every edit that PyTorch
         counts (load_state_dict, .to(), another tensor as `.data`) the next call makes the layout again. It does not
         count one in place through `.data` or NumPy: call this again after that. Parameters put in later, a deep copy
         and an unpickled model start without.

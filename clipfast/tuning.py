@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -273,29 +275,45 @@ def patch_weight_bwd(
 # ---------------------------------------------------------------------------------------------------------------------
 # On a CPU
 
-# rows of bfloat16 up to which libclipfast_cpu multiplies faster than oneDNN does, where the CPU multiplies bfloat16
-# itself: at 32 rows 1.3 times as fast, at 64 0.9 to 1.2, at 100 0.8 to 0.9 (`python -m benchmarks.linear --instructions
-# avx512_bf16`; AMD EPYC, Zen 5, two cores, 2026-11)
-FEW_BFLOAT16_ROWS = 64
-# and with AMX, whose products nobody here has timed: as many as a caption, where reading the weight is all the time
-FEW_BFLOAT16_ROWS_AMX = 16
+ANY = sys.maxsize
+
+
+class RowsOfOurs(NamedTuple):
+    """Rows up to which libclipfast_cpu multiplies, and oneDNN beyond."""
+
+    float32: int
+    bfloat16: int
+
+
+# By kind of CPU: the form of the library, or AMX. Times as fast as the best of oneDNN and `F.linear` (MKL), the four
+# products of a ViT-B/32 block one after the other, AMD EPYC Zen 4, two cores, 2026-11-30; other kinds held to on it.
+PRODUCTS = {
+    # oneDNN has kernels for these; not measured
+    "baseline": RowsOfOurs(0, 0),
+    # float32, 1 row 1.8, 8 rows 2.4, 50 rows 1.5, 200 rows 1.1, 800 and 1,600 rows 1.0 to 1.1. Nobody else has bfloat16
+    "avx2": RowsOfOurs(ANY, ANY),
+    # float32, 50 to 1,600 rows, kept packed as oneDNN's: 1.2 to 1.7. bfloat16 must be widened; nobody is faster at it
+    "avx512": RowsOfOurs(ANY, ANY),
+    # bfloat16, 8 to 50 rows 1.2 to 1.6, 77 to 200 rows 1.0 to 1.1, 400 to 1,600 rows 0.9 to 1.1
+    "avx512_bf16": RowsOfOurs(ANY, 256),
+    # bfloat16 not measured: as many rows as a caption has, where reading the weight is all the time
+    "amx": RowsOfOurs(ANY, 16),
+}
 
 
 def onednn_is_better(dtype: torch.dtype, rows: int, instructions: str, amx: bool) -> str | None:
     """Why oneDNN's products are preferred to libclipfast_cpu's, or None if they are not.
 
-    rows: the bucket, 0 if unknown.   instructions: `cpu_library.best()`.   amx: does this CPU have its tiles?
-
-    From 16 rows to 1,600 they are 1.4 to 2.2 times as fast as `F.linear` in float32 with AVX-512, 1.0 to 1.7 times with
-    AVX2, and in bfloat16 that must be widened 2.4 to 3.4 times (there). oneDNN's float32 product is up to 1.3 times as
-    fast as ours at 512 rows, but rounds twice as much as `F.linear`; cut in chains, so that it does not, it is slower.
+    rows: the bucket, 0 if unknown, which stands for many.   instructions: `cpu_library.best()`.
+    amx:  does this CPU have its tiles?
     """
-    if instructions == "baseline":
+    ours = PRODUCTS["amx" if amx and instructions == "avx512_bf16" else instructions]
+    most = ours.bfloat16 if dtype == torch.bfloat16 else ours.float32
+    if most == ANY or 0 < rows <= most:
+        return None
+    if most == 0:
         return "oneDNN has kernels for this CPU (rule of thumb, not measured)"
-    few = FEW_BFLOAT16_ROWS_AMX if amx else FEW_BFLOAT16_ROWS
-    if dtype == torch.bfloat16 and instructions == "avx512_bf16" and not 0 < rows <= few:
-        return f"oneDNN is as fast in bfloat16 beyond {few} rows"
-    return None
+    return f"oneDNN is as fast in bfloat16 beyond {most} rows"
 
 
 # rows, of all sequences together, up to which keys and values of every row cost less than reassociated products, whose

@@ -59,19 +59,23 @@ template <typename T>
 void normalise(const clipfast_cpu_linear_args &args, const T *row, T *to) {
     const auto plus = [](Floats a, Floats b) { return a + b; };
     const int64_t n = args.terms;
-    Floats sums = {}, squares = {};
+    Floats sums = {}, rest = {}, squares = {};
     for (int64_t i = 0; i < n; i += LANES) sums += load_some(row + i, n - i);
-    const float mean = across_lanes<LANES / 2>(sums, plus)[0] / float(n);
+    const float about = across_lanes<LANES / 2>(sums, plus)[0] / float(n);
     for (int64_t i = 0; i < n; i += LANES) {
-        Floats off = load_some(row + i, n - i) - mean;
+        Floats off = load_some(row + i, n - i) - about;
         for (int64_t lane = n - i; lane < LANES; lane++) off[lane] = 0;
+        rest += off;
         squares += off * off;
     }
-    const float scale = 1 / __builtin_sqrtf(across_lanes<LANES / 2>(squares, plus)[0] / float(n) + args.eps);
+    // where numbers are far from zero, their sum was rounded more than what is left of it now
+    const float mean = across_lanes<LANES / 2>(rest, plus)[0] / float(n);
+    const float variance = across_lanes<LANES / 2>(squares, plus)[0] / float(n) - mean * mean;
+    const float scale = 1 / __builtin_sqrtf(variance + args.eps);
     const float *const weight = static_cast<const float *>(args.norm_weight);
     const float *const bias = static_cast<const float *>(args.norm_bias);
     for (int64_t i = 0; i < n; i += LANES) {
-        const Floats off = (load_some(row + i, n - i) - mean) * scale;
+        const Floats off = (load_some(row + i, n - i) - about - mean) * scale;
         store_some(to + i, off * load_some(weight + i, n - i) + load_some(bias + i, n - i), n - i);
     }
 }

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import clipfast
-from clipfast import dispatch
 from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import ceilings, contest, harness, house, peers, plan, tables, workload
 from clipfast.bench.peers import Missing, Peer
@@ -133,15 +132,11 @@ def test_both_towers_give_logits_that_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("laid_out", [True, False])
-def test_packed_ahead_is_a_contestant_of_its_own(dtype, laid_out, tmp_path, monkeypatch):
-    """Where a product lays weights out; elsewhere it would be the same twice."""
-    monkeypatch.setattr(dispatch, "runs_on", lambda backend, *of: not laid_out)
+def test_packed_ahead_is_a_contestant_of_its_own(dtype, tmp_path):
     assert bench(tmp_path, "--peers", "clipfast,clipfast prepacked", dtypes=dtype) == 0
     rows = [row for row in rows_of(tmp_path) if row["contestant"] == peers.PREPACKED]
-    assert [row["tower"] for row in rows] == ["image", "text"]
-    assert all(row["status"] == ("ok" if laid_out else "missing") for row in rows)
-    assert all(row["version"] == clipfast.__version__ if laid_out else row["note"] == f"no {dtype}" for row in rows)
+    assert [(row["tower"], row["status"]) for row in rows] == [("image", "ok"), ("text", "ok")]
+    assert all(row["version"] == clipfast.__version__ for row in rows)
 
 
 # ---- wrong is not timed ----

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import checkpoints
 from clipfast.checkpoints import CheckpointError, from_huggingface, load, read_checkpoint, save
+from clipfast.kernels import kept
 from clipfast.model import build_model
 
 from . import peers
@@ -86,6 +87,15 @@ def test_load_off_the_cpu_is_mixed_float16_by_default(upstream, plain):
     for name, tensor in reference.state_dict().items():
         assert model.state_dict()[name].dtype == tensor.dtype and model.state_dict()[name].is_meta, name
     assert load(plain, "meta", dtype="float32")[0].dtype == torch.float32
+
+
+def test_load_packs_weights_ahead_on_a_cpu(plain):
+    model, _ = load(plain, "cpu", prepack=True)
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert weights and all(kept.is_kept(weight) for weight in weights)
+    assert not any(kept.is_kept(parameter) for parameter in load(plain, "cpu")[0].parameters())
+    with pytest.raises(ValueError, match='prepack=True packs weights for a CPU, and device is "meta"'):
+        load(plain, "meta", prepack=True)
 
 
 def test_load_refuses_bad_arguments(plain):

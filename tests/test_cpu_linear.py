@@ -71,6 +71,21 @@ def test_what_becomes_of_a_sum(form, rows, activation, residual, bias, dtype):
     check(case._replace(arguments=(x, weight, some if bias else None), options=options), form)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("terms", [1, 3, 47, 200, 768, 1025])
+def test_rows_that_are_normalised_first(form, terms, dtype):
+    """As LayerNorm and the product one after the other, rows far from zero and constant ones too."""
+    x, *others = linear_case(13, terms, 75, dtype).arguments
+    x[3:6] = 100 * x[3:6] + 1000
+    x[7] = 3
+    norm = (1 + 0.1 * torch.randn(terms), torch.randn(terms))
+    y = F.layer_norm(x.float(), (terms,), *norm, 1e-5).to(dtype)
+    exact = F.layer_norm(x.double(), (terms,), *(vector.double() for vector in norm), 1e-5)
+    wide = [z.double() for z in others]
+    got = cpu_linear.linear(x, *others, None, None, form, (*norm, 1e-5))
+    assert_accurate(got, F.linear(y, *others), F.linear(exact, *wide))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(1, 400),
@@ -209,5 +224,6 @@ def test_gradients_are_refused():
 
 def test_operator():
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (torch.randn(2, 5, 8), torch.randn(3, 8), None, torch.randn(3), torch.randn(2, 5, 3), None, None, "gelu", "best", 0.0)
+    x, weight, bias, residual = torch.randn(2, 5, 8), torch.randn(3, 8), torch.randn(3), torch.randn(2, 5, 3)
+    arguments = (x, weight, None, bias, residual, torch.randn(8), torch.randn(8), "gelu", "best", 1e-5)
     torch.library.opcheck(torch.ops.clipfast.cpu_linear.default, arguments, test_utils=tests)

@@ -115,8 +115,8 @@ def test_a_decision_follows_the_context(context, reason, products):
         ("baseline", "onednn", "torch", "rule of thumb, not measured"),
         ("avx2", "cpu", "cpu", None),
         ("avx512", "cpu", "cpu", None),
-        ("avx512_bf16", "cpu", "onednn", f"beyond {tuning.FEW_BFLOAT16_ROWS} rows"),
-        ("amx", "cpu", "onednn", f"beyond {tuning.FEW_BFLOAT16_ROWS_AMX} rows"),
+        ("avx512_bf16", "cpu", "onednn", f"beyond {tuning.PRODUCTS['avx512_bf16'].bfloat16} rows"),
+        ("amx", "cpu", "onednn", f"beyond {tuning.PRODUCTS['amx'].bfloat16} rows"),
     ],
 )
 def test_what_multiplies_on_each_cpu(cpu, float32, bfloat16, reason, monkeypatch):

@@ -101,7 +101,7 @@ def known() -> dict[str, Peer]:
 
     everybody = (
         ours.PEER,
-        ours.packed(),
+        ours.PACKED,
         openai.PEER,
         openclip.PEER,
         huggingface.PEER,

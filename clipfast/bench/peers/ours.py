@@ -7,8 +7,6 @@ import functools
 import torch
 from torch import nn
 
-from clipfast import dispatch
-from clipfast.bench.harness import DTYPES
 from clipfast.bench.peers import OURS, PREPACKED, Batch, Calls, Peer, Prepare, Spec, call, uninitialised
 from clipfast.model import build_model, convert_weights
 
@@ -46,11 +44,4 @@ def build_prepacked(spec: Spec) -> Prepare:
 
 
 PEER = Peer(OURS, OURS, build)
-
-
-def packed() -> Peer:
-    """In the dtypes in which a product lays its weight out; in others it would be the same contestant twice."""
-    laid_out = [
-        name for name, dtype in DTYPES.items() if not dispatch.runs_on("cpu", ("linear",), torch.device("cpu"), dtype)
-    ]
-    return Peer(PREPACKED, OURS, build_prepacked, devices=("cpu",), dtypes=tuple(laid_out))
+PACKED = Peer(PREPACKED, OURS, build_prepacked, devices=("cpu",))
