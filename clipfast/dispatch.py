@@ -223,7 +223,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "logits": reference.logits,
     "contrastive_loss": _reference_loss,
 }
-_CPU_PRODUCTS = ("linear", "mlp", "attention_pool", "patch_embed")
+_CPU_PRODUCTS = ("linear", "mlp", "attention_pool", "patch_embed", "project")
 _ONEDNN = ("linear", "mlp", "patch_embed", "project")
 
 _BACKENDS = (
@@ -353,23 +353,14 @@ def _call(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], argument
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and operator != "layer_norm" and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    call = Call(
-        device,
-        dtype,
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
-        traced(),
-        autocast,
-        torch.backends.mkldnn.enabled,
-    )
-    if device != "cuda" and _forced.get() != "triton":
-        if device != "cpu" or operator not in _CPU_PRODUCTS:
-            return call
-        return call._replace(rows=_rows(operator, x, arguments), shape=_FACTS[operator](*arguments)[:1])
-    return call._replace(
-        architecture=tuning.architecture(x.device),
-        rows=_rows(operator, x, arguments),
-        shape=_FACTS[operator](*arguments),
-    )
+    architecture, rows, shape = 0, 0, ()
+    if device == "cuda" or _forced.get() == "triton":
+        architecture = tuning.architecture(x.device)
+        rows, shape = _rows(operator, x, arguments), _FACTS[operator](*arguments)
+    elif device == "cpu" and operator in _CPU_PRODUCTS:
+        rows, shape = _rows(operator, x, arguments), _FACTS[operator](*arguments)[:1]
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return Call(device, dtype, grad, traced(), autocast, torch.backends.mkldnn.enabled, architecture, rows, shape)
 
 
 def _rows(operator: str, x: Tensor, arguments: tuple[Any, ...]) -> int:
@@ -415,11 +406,29 @@ def run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments
         if operator in LOSSES:
             return contrastive_loss("torch", *arguments)
         return getattr(eager, operator)(*arguments)
+    return _decision(operator, x, tensors, arguments).run(*arguments)
+
+
+def _decision(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], arguments: tuple[Any, ...]) -> Decision:
     key = (operator, _forced.get(), _call(operator, x, tensors, arguments))
     decision = _decisions.get(key)
     if decision is None:
         decision = _decisions[key] = decide(*key)
-    return decision.run(*arguments)
+    return decision
+
+
+def run_normed_linear(x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of LayerNorm(x): one operator where the backend of the product has it so, else one and the other.
+
+    norm: weight, bias and eps.
+    """
+    norm_weight, norm_bias, eps = norm
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        decision = _decision("linear", x, (x, norm_weight, norm_bias, weight, bias), (x, weight, bias, None, None))
+        if decision.backend == "cpu":
+            return cpu_linear.linear(x, weight, bias, None, None, norm=norm)
+    y = run("layer_norm", x, (x, norm_weight, norm_bias), x, norm_weight, norm_bias, eps, None)
+    return run("linear", y, (y, weight, bias), y, weight, bias, None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -174,8 +174,8 @@ class ResidualAttentionBlock(nn.Module):
     def packed(self, x: Tensor, rows: Rows, causal: bool) -> Tensor:
         """The block on packed rows [T, W]."""
         attn = self.attn
-        y = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps)
-        qkv = ops.linear(y, attn.in_proj_weight, attn.in_proj_bias)
+        norm = self.ln_1
+        qkv = ops.normed_linear(x, norm.weight, norm.bias, attn.in_proj_weight, attn.in_proj_bias, norm.eps)
         heads = qkv.view(len(qkv), 3, attn.num_heads, attn.embed_dim // attn.num_heads)
         out = ops.attention(heads, rows, causal=causal)
         return self._after_attention(out, x)

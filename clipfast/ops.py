@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from clipfast.dispatch import run
+from clipfast.dispatch import run, run_normed_linear
 from clipfast.packing import Rows
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "linear",
     "logits",
     "mlp",
+    "normed_linear",
     "patch_embed",
     "project",
 ]
@@ -95,6 +96,23 @@ def linear(
     _expect_activation(activation, (None, *ACTIVATIONS))
     _expect_one_device("x", x, weight=weight, bias=bias, residual=residual)
     return run("linear", x, (x, weight, bias, residual), x, weight, bias, activation, residual)
+
+
+def normed_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """LayerNorm(x) @ weight.T + bias, in one pass over x where a backend can.
+
+    x: [..., K].   norm_weight, norm_bias: [K].   weight: [N, K].   bias: [N] or None.
+    Returns: [..., N], dtype of x.
+    Raises: ValueError if the shapes disagree, RuntimeError if the devices differ.
+    """
+    _expect("norm_weight", norm_weight, x.shape[-1])
+    _expect("norm_bias", norm_bias, x.shape[-1])
+    _expect("weight", weight, -1, x.shape[-1])
+    _expect("bias", bias, weight.shape[0])
+    _expect_one_device("x", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+    return run_normed_linear(x, (norm_weight, norm_bias, eps), weight, bias)
 
 
 def mlp(

@@ -59,13 +59,20 @@ typedef struct clipfast_cpu_attention_args {
     float scale;
 } clipfast_cpu_attention_args;
 
+/* How the weight of a linear layer is in memory. */
+enum clipfast_cpu_layout {
+    CLIPFAST_CPU_ROWS = 0,       /* [columns, terms] */
+    CLIPFAST_CPU_TRANSPOSED = 1, /* [terms, columns] */
+    CLIPFAST_CPU_PACKED = 2      /* by clipfast_cpu_pack, for the same dtype and instructions */
+};
+
 /* out = activation(x weight^T + bias) + residual, or with LayerNorm(x) for x. Sums and all that follows are float32, rounded
  * once at the end; LayerNorm is computed in float32 and rounded to dtype.
  */
 typedef struct clipfast_cpu_linear_args {
     int64_t struct_size;     /* sizeof(clipfast_cpu_linear_args) */
     const void *x;           /* [rows, terms] of dtype, contiguous like all of these */
-    const void *weight;      /* [columns, terms]; or what clipfast_cpu_pack made of it, if packed */
+    const void *weight;      /* [columns, terms], or as `layout` says */
     const void *bias;        /* [columns], or null for none */
     const void *residual;    /* [rows, columns], or null for none */
     const void *norm_weight; /* [terms] float32; null: x as it is */
@@ -76,7 +83,7 @@ typedef struct clipfast_cpu_linear_args {
     int64_t terms;
     int32_t dtype;           /* clipfast_cpu_dtype */
     int32_t activation;      /* clipfast_cpu_activation */
-    int32_t packed;          /* not 0: by clipfast_cpu_pack, for the same dtype and instructions */
+    int32_t layout;          /* clipfast_cpu_layout */
     int32_t threads;         /* OpenMP's, at most */
     int32_t instructions;    /* clipfast_cpu_instructions */
     float eps;               /* of LayerNorm */

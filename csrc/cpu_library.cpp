@@ -54,7 +54,8 @@ bool valid(const clipfast_cpu_linear_args &args) {
            args.activation >= CLIPFAST_CPU_NONE && args.activation <= CLIPFAST_CPU_GELU &&
            (args.rows == 0 || args.columns == 0 ||
             (args.out != nullptr && (args.terms == 0 || (args.x != nullptr && args.weight != nullptr)))) &&
-           (args.norm_weight == nullptr || args.norm_bias != nullptr);
+           (args.norm_weight == nullptr || args.norm_bias != nullptr) && args.layout >= CLIPFAST_CPU_ROWS &&
+           args.layout <= CLIPFAST_CPU_PACKED;
 }
 
 bool valid(const clipfast_cpu_pack_args &args) {

@@ -1,9 +1,9 @@
 // A linear layer on a CPU, compiled once for each instruction set (CMakeLists.txt).
 //
-// A product as Goto and van de Geijn (2008) and BLIS order it. All threads copy rows of x beside one another, a chain of
-// terms after the other. Then each makes panels of the weight, and multiplies all those rows by a panel in its first
+// A product as Goto and van de Geijn (2008) and BLIS order it. All threads copy rows of x beside one another, a chain
+// of terms after the other. Then each makes panels of the weight, and multiplies all those rows by a panel in its first
 // cache while the weight's next columns are on their way from memory. The same for one row as for a thousand: where rows
-// are few, reading the weight is the work, and that goes on meanwhile. Nothing stays, unless the weight was packed before.
+// are few, reading the weight is the work, and goes on meanwhile. Nothing stays, unless the weight was packed before.
 #include <atomic>
 #include <cstdlib>
 #include <omp.h>
@@ -104,18 +104,25 @@ struct Product {
     int64_t first(int64_t group) const { return panels_in(args.columns) * group / groups; }
     int64_t columns(int64_t panel) const { return least(args.columns - panel * PANEL, PANEL); }
 
+    // a panel's part of the weight: [columns, terms], [terms, columns], or made by `pack`
     const char *weight(int64_t panel, int64_t chain) const {
         const char *const weight = static_cast<const char *>(args.weight);
-        if (args.packed) return weight + 4 * PANEL * (panel * chains.all_words() + chain * chains.length);
+        if (args.layout == CLIPFAST_CPU_PACKED)
+            return weight + 4 * PANEL * (panel * chains.all_words() + chain * chains.length);
+        if (args.layout == CLIPFAST_CPU_TRANSPOSED)
+            return weight + 4 * chain * chains.length * args.columns + panel * PANEL * int64_t(sizeof(T));
         return weight + panel * PANEL * chains.bytes + 4 * chain * chains.length;
     }
 
     // the panel as `tile` reads it, at `memory` if it is not there already
     const uint32_t *made(int64_t panel, int64_t chain, uint32_t *memory) const {
         const char *const from = weight(panel, chain);
-        const int64_t words = chains.words_of(chain);
-        if (!args.packed)
-            make_panel<WIDENS<T>>(from, chains.bytes, columns(panel), chains.bytes_of(chain), words, memory);
+        const int64_t words = chains.words_of(chain), bytes = chains.bytes_of(chain);
+        if (args.layout == CLIPFAST_CPU_ROWS)
+            make_panel<WIDENS<T>>(from, chains.bytes, columns(panel), bytes, words, memory);
+        else if (args.layout == CLIPFAST_CPU_TRANSPOSED)
+            copy_panel<T>(reinterpret_cast<const T *>(from), args.columns, columns(panel), bytes / int64_t(sizeof(T)),
+                          words * STEPS<T>, memory);
         else if (WIDENS<T>)
             widen_panel(reinterpret_cast<const uint32_t *>(from), words, memory);
         else
@@ -125,8 +132,12 @@ struct Product {
 
     // what is to be asked for in `turns` turns
     Ahead ahead(int64_t panel, int64_t chain, int64_t turns) const {
-        if (args.packed) return Ahead(weight(panel, chain), 1, 0, 4 * PANEL * chains.words_of(chain), turns);
-        return Ahead(weight(panel, chain), columns(panel), chains.bytes, chains.bytes_of(chain), turns);
+        const char *const from = weight(panel, chain);
+        const int64_t bytes = chains.bytes_of(chain), one = sizeof(T);
+        if (args.layout == CLIPFAST_CPU_PACKED) return Ahead(from, 1, 0, 4 * PANEL * chains.words_of(chain), turns);
+        if (args.layout == CLIPFAST_CPU_TRANSPOSED)
+            return Ahead(from, bytes / one, args.columns * one, columns(panel) * one, turns);
+        return Ahead(from, columns(panel), chains.bytes, bytes, turns);
     }
 
     // the panels of one group times some rows of x

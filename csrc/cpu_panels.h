@@ -1,7 +1,7 @@
 // Panels of a weight and chains of rows, in the order in which csrc/cpu_linear.cpp multiplies them.
 //
-// A panel is some columns of the weight over a chain of its terms, transposed: [ACROSS][steps][LANES columns], small enough
-// for the first cache. What a step multiplies is a word: one float32, or two bfloat16 if the CPU multiplies those.
+// A panel is some columns of the weight over a chain of its terms, transposed: [ACROSS][steps][LANES columns], small
+// enough for the first cache. What a step multiplies is a word: one float32, or two bfloat16 if the CPU multiplies those.
 #ifndef CLIPFAST_CPU_PANELS_H
 #define CLIPFAST_CPU_PANELS_H
 
@@ -92,8 +92,8 @@ inline __attribute__((always_inline)) void turn_square(const char *from, int64_t
     for (int i = 0; i < SQUARE; i++) put<WIDEN>(to + i * (WIDEN ? 2 : 1) * LANES, rows[i]);
 }
 
-// `bytes` bytes of `columns` rows of the weight -> a panel of `words` words, or (widened) of twice as many steps; zeros in
-// columns and terms that there are not
+// `bytes` bytes of `columns` rows of the weight -> a panel of `words` words, or (widened) of twice as many steps; zeros
+// in columns and terms that there are not
 template <bool WIDEN>
 void make_panel(const char *weight, int64_t stride, int64_t columns, int64_t bytes, int64_t words, uint32_t *to) {
     for (int64_t first = 0; first < PANEL; first += SQUARE) {
@@ -111,7 +111,32 @@ void make_panel(const char *weight, int64_t stride, int64_t columns, int64_t byt
     }
 }
 
-// the same of a panel that was made before, and not widened
+// a register of columns over the terms of one step, of which there are `terms`, rows of the transposed weight
+template <typename T>
+inline Words one_step(const T *from, int64_t stride, int64_t columns, int64_t terms) {
+    if constexpr (sizeof(T) == 4 || WIDENS<T>) {
+        return terms > 0 ? (Words)load_some(from, columns) : Words{};
+    } else {
+        // a bfloat16 is the upper half of a float32
+        const Words first = terms > 0 ? (Words)load_some(from, columns) >> 16 : Words{};
+        return terms > 1 ? first | (Words)load_some(from + stride, columns) : first;
+    }
+}
+
+// `terms` rows of `columns` of a weight [terms, stride] -> a panel of `steps` steps
+template <typename T>
+void copy_panel(const T *weight, int64_t stride, int64_t columns, int64_t terms, int64_t steps, uint32_t *to) {
+    constexpr int64_t EACH = sizeof(T) == 2 && !WIDENS<T> ? 2 : 1; // terms of a step
+    for (int64_t v = 0; v < ACROSS; v++)
+        for (int64_t i = 0; i < steps; i++) {
+            const int64_t n = least(columns - v * LANES, LANES);
+            const T *const from = weight + EACH * i * stride + v * LANES;
+            const Words step = n > 0 ? one_step(from, stride, n, terms - EACH * i) : Words{};
+            memcpy(to + (v * steps + i) * LANES, &step, sizeof step);
+        }
+}
+
+// a panel that was made before, and not widened, widened
 void widen_panel(const uint32_t *packed, int64_t words, uint32_t *to) {
     for (int64_t i = 0; i < words * PANEL; i += SQUARE) {
         Row row;
@@ -138,10 +163,10 @@ void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
 
 inline int64_t panels_in(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
-// Asks for pages of 2 MiB where memory is new: a weight has thousands of small ones, more than a CPU keeps the places of.
+// Asks for pages of 2 MiB where memory is new: a weight has thousands of small ones, and a CPU forgets where they are.
 inline void use_large_pages(void *memory, int64_t bytes) {
 #if defined(__linux__)
-    const uintptr_t first = up(reinterpret_cast<uintptr_t>(memory), 4096), end = reinterpret_cast<uintptr_t>(memory) + bytes;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory), first = up(start, 4096), end = start + bytes;
     if (first < end) madvise(reinterpret_cast<void *>(first), (end - first) / 4096 * 4096, MADV_HUGEPAGE);
 #else
     (void)memory, (void)bytes;
@@ -157,11 +182,13 @@ int pack(const clipfast_cpu_pack_args &args) {
     if (args.packed == nullptr) return CLIPFAST_CPU_OK;
     use_large_pages(args.packed, 4 * panels * words);
 #pragma omp parallel for schedule(static) num_threads(args.threads)
-    for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        const char *const from = static_cast<const char *>(args.weight) + panel * PANEL * chains.bytes;
+        uint32_t *const to = static_cast<uint32_t *>(args.packed) + panel * words;
         for (int64_t c = 0; c < chains.count; c++)
-            make_panel<false>(static_cast<const char *>(args.weight) + panel * PANEL * chains.bytes + 4 * c * chains.length,
-                              chains.bytes, args.columns - panel * PANEL, chains.bytes_of(c), chains.words_of(c),
-                              static_cast<uint32_t *>(args.packed) + panel * words + c * chains.length * PANEL);
+            make_panel<false>(from + 4 * c * chains.length, chains.bytes, args.columns - panel * PANEL, chains.bytes_of(c),
+                              chains.words_of(c), to + c * chains.length * PANEL);
+    }
     return CLIPFAST_CPU_OK;
 }
 

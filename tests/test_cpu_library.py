@@ -23,7 +23,7 @@ from .cpus import CPUS, assume
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
 HEADER = (csrc.ROOT / "csrc" / "clipfast_cpu.h").read_text()
-PRODUCTS = ("linear", "mlp", "patch_embed")
+PRODUCTS = ("linear", "mlp", "patch_embed", "project")
 
 
 def runs_on(operator: str, dtype: torch.dtype = torch.float32, **facts) -> tuple[str, dict[str, str]]:
@@ -121,6 +121,7 @@ def test_header_and_python_agree(struct):
     assert f"#define CLIPFAST_CPU_READ_BLOCK {library.READ_BLOCK}\n" in HEADER
     csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", library.INSTRUCTIONS)
     csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", library.ACTIVATIONS)
+    csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", library.LAYOUTS)
     csrc.assert_codes_agree(HEADER, "CLIPFAST_CPU", {str(d)[6:]: code for d, code in library.DTYPES.items()})
 
 

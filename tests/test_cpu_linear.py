@@ -203,6 +203,15 @@ def test_leading_dimensions_and_strides():
     check(Case("linear", strided, {"residual": case.options["residual"].transpose(0, 2)}))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("terms", "columns"), [(1, 2), (2, 37), (33, 64), (200, 75), (769, 33), (1025, 7)])
+def test_a_transposed_weight_is_read_as_it_is(form, terms, columns, dtype):
+    case = linear_case(11, terms, columns, dtype)
+    x, weight, bias = case.arguments
+    got = run(case._replace(arguments=(x, weight.t().contiguous().t(), bias)), form)
+    assert torch.equal(got, run(case, form)), "the same products in the same order"
+
+
 def test_operands_of_two_dtypes_are_named():
     x, weight = torch.randn(2, 8), torch.randn(3, 8)
     with pytest.raises(TypeError, match=r"x is torch.float32, weight torch.bfloat16.*must have one dtype"):

@@ -20,6 +20,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 INSTRUCTIONS = {"best": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 # CLIPFAST_CPU_READ_BLOCK
 READ_BLOCK = 1024
+# clipfast_cpu_layout
+LAYOUTS = {"rows": 0, "transposed": 1, "packed": 2}
 # clipfast_cpu_activation
 ACTIVATIONS = {"none": 0, "quick_gelu": 1, "gelu": 2}
 
@@ -43,7 +45,7 @@ class LinearArgs(Structure):
         ("struct_size", c_int64),
         *((name, c_void_p) for name in ("x", "weight", "bias", "residual", "norm_weight", "norm_bias", "out")),
         *((name, c_int64) for name in ("rows", "columns", "terms")),
-        *((name, c_int32) for name in ("dtype", "activation", "packed", "threads", "instructions")),
+        *((name, c_int32) for name in ("dtype", "activation", "layout", "threads", "instructions")),
         ("eps", c_float),
     ]
 

@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import eager, kept, library
-from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LinearArgs, PackArgs, form, pointer, run, threads
+from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LAYOUTS, LinearArgs, PackArgs, form, pointer, run, threads
 from clipfast.packing import Rows
+
+SIZE = ctypes.sizeof(LinearArgs)
+
+
+def _laid_out(weight: Tensor) -> tuple[Tensor, str]:
+    """The weight as it can be read, and its name in LAYOUTS; a copy if it is strided any other way."""
+    if not weight.is_contiguous() and weight.t().is_contiguous():
+        return weight.t(), "transposed"
+    return weight.contiguous(), "rows"
 
 
 def _linear_fwd(
@@ -34,21 +43,27 @@ def _linear_fwd(
     if not (x.dtype == weight.dtype == (x if residual is None else residual).dtype):
         raise TypeError(f"x is {x.dtype}, weight {weight.dtype}: they and the residual must have one dtype")
     columns, terms = weight.shape
-    x, read = x.contiguous(), weight.contiguous() if packed is None else packed
+    x, (read, layout) = x.contiguous(), _laid_out(weight) if packed is None else (packed, "packed")
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     residual = None if residual is None else residual.contiguous()
-    norm = (vector if vector is None else vector.float().contiguous() for vector in (norm_weight, norm_bias))
-    norm_weight, norm_bias = norm
+    if norm_weight is not None:
+        norm_weight, norm_bias = norm_weight.float().contiguous(), norm_bias.float().contiguous()
     out = x.new_empty(*x.shape[:-1], columns)
     args = LinearArgs(
-        ctypes.sizeof(LinearArgs),
-        *(pointer(tensor) for tensor in (x, read, bias, residual, norm_weight, norm_bias, out)),
+        SIZE,
+        x.data_ptr(),
+        read.data_ptr(),
+        pointer(bias),
+        pointer(residual),
+        pointer(norm_weight),
+        pointer(norm_bias),
+        out.data_ptr(),
         out.numel() // max(1, columns),
         columns,
         terms,
         DTYPES[x.dtype],
         ACTIVATIONS[activation],
-        packed is not None,
+        LAYOUTS[layout],
         threads(),
         form(instructions),
         eps,
@@ -113,7 +128,7 @@ def linear(
     """activation(x @ weight.T + bias) + residual, summed in float32 and rounded once.
 
     x: [..., K].   weight: [N, K].   bias: [N] or None.   residual: [..., N] or None.   All float32 or all bfloat16, on
-    a CPU; copied if not contiguous. What `kept.keep` was asked to keep of the weight is packed once.
+    a CPU; copied if not contiguous, the weight unless it is or its transpose. What `kept.keep` keeps is packed once.
     activation:   None, "quick_gelu" or "gelu".
     instructions: "best", or "baseline", "avx2", "avx512", "avx512_bf16" to force one.
     norm:         weight [K], bias [K] and eps of a LayerNorm of x before all this, in float32, rounded to x's dtype.
@@ -139,6 +154,11 @@ def mlp(
     """`clipfast.ops.mlp` without gradients; dtypes as `linear`'s."""
     hidden = linear(x, fc1_weight, fc1_bias, activation, None, norm=(norm_weight, norm_bias, eps))
     return linear(hidden, fc2_weight, fc2_bias, None, x)
+
+
+def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float) -> Tensor:
+    """`clipfast.ops.project` without gradients; dtypes as `linear`'s."""
+    return linear(x, projection.t(), None, None, None, norm=(norm_weight, norm_bias, eps))
 
 
 # `clipfast.ops.patch_embed` without gradients; dtypes as `linear`'s
