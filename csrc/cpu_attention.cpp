@@ -126,8 +126,16 @@ void attend(const T *qkv, T *out, int length, int head, int first, int last, con
             else
                 memset(group + i * wide, 0, 4 * wide);
         }
-        for (int d = 0; d < width; d++)
-            for (int i = 0; i < LANES; i++) transposed[d * keys + j + i] = group[i * wide + d];
+        for (int d = 0; d < width; d += SQUARE)
+            for (int i = 0; i < LANES; i += SQUARE) {
+                Row rows[SQUARE];
+#pragma GCC unroll 8
+                for (int k = 0; k < SQUARE; k++) memcpy(&rows[k], group + (i + k) * wide + d, sizeof rows[k]);
+                transpose(rows);
+#pragma GCC unroll 8
+                for (int k = 0; k < SQUARE; k++)
+                    if (d + k < width) memcpy(transposed + (d + k) * keys + j + i, &rows[k], sizeof rows[k]);
+            }
     }
     for (int j = 0; j < seen; j++) load_row(value + j * row, values + j * wide, width);
 
