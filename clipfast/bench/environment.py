@@ -18,7 +18,16 @@ import clipfast
 from clipfast.bench.harness import Row
 from clipfast.cpu import bfloat16_is_emulated
 
-ENVIRONMENT = ("date", "clipfast", "commit", "python", "torch", "cpu", "capability", "threads", "load")
+ENVIRONMENT = ("date", "clipfast", "commit", "python", "torch", "cpu", "cpu_kind", "capability", "threads", "load")
+CPUINFO = Path("/proc/cpuinfo")
+# what a CPU multiplies with, and the flags that say so in /proc/cpuinfo; the first that it has counts
+FORMS = {
+    "amx": {"amx_tile", "amx_bf16"},
+    "avx512_bf16": {"avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma"},
+    "baseline": set(),
+}
 
 
 def environment() -> Row:
@@ -26,10 +35,11 @@ def environment() -> Row:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "clipfast": clipfast.__version__,
-        "commit": _commit(),
+        "commit": commit(Path(__file__)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": cpu_name(),
+        "cpu_kind": cpu_kind(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "",
@@ -50,26 +60,45 @@ def warn_if_emulated(device: torch.device, dtypes: Iterable[str]) -> None:
 
 def cpu_name() -> str:
     """As the system calls it."""
+    return _cpu().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_kind() -> str:
+    """What tells two kinds of CPU apart, as part of a file's name: "amd-epyc-25-17-avx512_bf16", family and model.
+
+    A vendor may call several kinds "AMD EPYC". What libraries are held to does not count. Where the system does not say
+    more, the name alone.
+    """
+    found = _cpu()
+    name = slug(re.sub(r"\((r|tm)\)|(cpu )?@.*", "", cpu_name().lower()))
+    if not {"cpu family", "model", "flags"} <= set(found):
+        return name
+    flags = set(found["flags"].split())
+    form = next(form for form, needed in FORMS.items() if needed <= flags)
+    return f"{name}-{found['cpu family']}-{found['model']}-{form}"
+
+
+def _cpu() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first core."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = CPUINFO.read_text().partition("\n\n")[0]
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
 
 
-def _commit() -> str:
-    """The checkout's commit, "+" behind it if tracked files differ; empty outside a checkout."""
+def commit(file: Path) -> str:
+    """Of the checkout that has this file, "+" behind it if tracked files differ; empty outside a checkout."""
+    file = file.resolve()
 
     def git(*arguments: str) -> str:
         # no optional locks: a benchmark must not touch the index
         command = ["git", "--no-optional-locks", *arguments]
-        here = Path(__file__).resolve().parent
-        return subprocess.run(command, cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, cwd=file.parent, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
         # an installed copy may lie inside somebody else's checkout
-        git("ls-files", "--error-unmatch", Path(__file__).name)
+        git("ls-files", "--error-unmatch", file.name)
         return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -85,7 +114,7 @@ def clock(device: torch.device) -> dict[str, Any]:
         return nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu")
     found: dict[str, Any] = {}
     try:
-        speeds = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+        speeds = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", CPUINFO.read_text(), flags=re.MULTILINE)
     except OSError:
         speeds = []
     if speeds:

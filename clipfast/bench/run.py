@@ -92,7 +92,8 @@ class Run:
 
     def _open(self) -> Path:
         """The CSV, empty: a folder that cannot be written to must fail now, not after the measurements."""
-        kind = environment.slug(self.facts["device"])
+        # many kinds of CPU are called "AMD EPYC"
+        kind = environment.slug(self.facts["device"]) if self.device.type == "cuda" else self.facts["cpu_kind"]
         stem = self.options.name or f"{kind}-{self.facts['date']}"
         check_folder(self.options.out)
         path = environment.free_name(self.options.out, stem)
