@@ -1,18 +1,21 @@
-"""Matrix products on a CPU: F.linear, oneDNN's fused product, and clipfast's.
+"""Matrix products on a CPU: F.linear, oneDNN's fused product, and clipfast's, packed ahead and not.
 
-    python -m benchmarks.linear [--dtypes float32,bfloat16] [--shapes 1600x768x3072] [--rounds 15] [--threads N]
-        [--csv PATH] [--quick] [--instructions avx2]
+    python -m benchmarks.linear [--dtypes float32,bfloat16] [--rows 1,50,1600] [--shapes 1600x768x3072] [--rounds 15]
+        [--threads N] [--csv PATH] [--quick] [--instructions avx2] [--old CHECKOUT]
 
-Shapes are rows x inputs x outputs. The defaults are those of ViT-B/32 at batch 32 (1,600 image rows, about 512 caption
-rows) and at batch 1 (50 and 16 rows). `clipfast.tuning` sends each product to what wins here. A call meets a weight
-that the calls before it did not, as a layer does in a model: it comes from memory, not from a cache.
+What is timed is a block: the four products of a layer of ViT-B/32 and of ViT-L/14, one after the other. --shapes, rows
+x inputs x outputs, times single products. A call meets a block that the calls before it did not, as in a model: its
+weights come from memory, not from a cache. In the same run, what the machine gives at best: multiply-adds in registers,
+in the instructions of clipfast's product, and reading. --old times another checkout's product as well.
 
 What an older CPU would find: clipfast's product in that form, and the others held to the same instructions, as in
 
-    export ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
-    python -m benchmarks.linear --dtypes float32 --instructions avx2
+    export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+    python -m benchmarks.linear --instructions avx2
     export ONEDNN_MAX_CPU_ISA=AVX512_CORE
     python -m benchmarks.linear --dtypes bfloat16 --instructions avx512
+
+`python -m benchmarks.on_this_cpu` runs all of it.
 """
 
 from __future__ import annotations
@@ -20,185 +23,306 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.bench import environment, harness, output
+from benchmarks.linear_tables import FEW, show
+from benchmarks.other_checkout import OtherProduct
+from clipfast import ops
+from clipfast.bench import ceilings, environment, harness, output
 from clipfast.bench.accuracy import relative_rms
-from clipfast.bench.ceilings import OURS, PLAIN, operands, products
-from clipfast.kernels import cpu_library, cpu_linear
+from clipfast.bench.ceilings import PLAIN, READ
+from clipfast.bench.peers import OURS, PREPACKED
+from clipfast.kernels import cpu_library, cpu_linear, kept
 
 COLUMNS = (
-    *(
-        *environment.ENVIRONMENT,
-        "dtype",
-        "rows",
-        "inputs",
-        "outputs",
-        "contestant",
-        "status",
-        *harness.TIMES,
-        *harness.TAIL,
-    ),
-    *("gflops", "vs_f_linear", "rel_rms", "rms_vs_f_linear", "note", "seconds"),
+    *(*environment.ENVIRONMENT, "instructions", "dtype", "block", "rows", "inputs", "outputs", "contestant", "status"),
+    *(*harness.TIMES, *harness.TAIL, "gflops", "peak_gflops", "of_peak", "gb_per_s", "read_gb_per_s", "of_read"),
+    *("vs_f_linear", "rel_rms", "rms_vs_f_linear", "note", "seconds"),
 )
+# the model whose block it is -> its width
+WIDTHS = {"ViT-B/32": 768, "ViT-L/14": 1024}
+# a caption's last row, captions, images of ViT-B/32, a whole caption, images of ViT-B/16 and ViT-L/14, and several
+ROWS = (1, 8, 16, 50, 77, 200, 257, 800, 1600)
+QUICK_ROWS = (1, 50)
+# calls of FEW rows are short: so many times as many are made
+MANY = 4
+# bytes of equal weights that are met in turn: more than a cache has
+WEIGHTS, QUICK_WEIGHTS = 128 << 20, 1
+# of a line, after which no round more than LEAST begins
+SECONDS, LEAST = 10.0, 3
+# of the loop of multiply-adds
+LOOP, QUICK_LOOP = 0.05, 0.002
 
 
-class Shape(NamedTuple):
+class Work(NamedTuple):
+    """Products of so many rows, one after the other.
+
+    block: the model whose block they are, "" for a single one.   sizes: (inputs, outputs) of each.
+    """
+
+    block: str
     rows: int
-    inputs: int
-    outputs: int
+    sizes: tuple[tuple[int, int], ...]
 
     @staticmethod
-    def parse(text: str) -> Shape:
+    def of_block(block: str, rows: int) -> Work:
+        width = WIDTHS[block]
+        return Work(block, rows, ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)))
+
+    @staticmethod
+    def parse(text: str) -> Work:
         """From "1600x768x3072". Raises ValueError for anything else."""
         sizes = [int(size) for size in text.split("x")]
         if len(sizes) != 3 or min(sizes) < 1:
             raise ValueError(f"shapes: expected rows x inputs x outputs, got {text!r}")
-        return Shape(*sizes)
+        return Work("", sizes[0], ((sizes[1], sizes[2]),))
 
     def __str__(self) -> str:
-        return "x".join(map(str, self))
+        return f"{self.block}, {self.rows} rows" if self.block else "x".join(map(str, (self.rows, *self.sizes[0])))
 
     @property
-    def flops(self) -> int:
-        return 2 * self.rows * self.inputs * self.outputs
+    def weights(self) -> int:
+        return sum(inputs * outputs for inputs, outputs in self.sizes)
+
+    @property
+    def facts(self) -> harness.Row:
+        """Columns; of a block `inputs` is its width."""
+        outputs = "" if self.block else self.sizes[0][1]
+        return {"block": self.block, "rows": self.rows, "inputs": self.sizes[0][0], "outputs": outputs}
 
 
-_BLOCK = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
-SHAPES = tuple(Shape(rows, *sizes) for rows in (1600, 50) for sizes in _BLOCK)
-_TEXT_BLOCK = ((512, 1536), (512, 512), (512, 2048), (2048, 512))
-SHAPES += tuple(Shape(rows, *sizes) for rows in (512, 16) for sizes in _TEXT_BLOCK)
-QUICK_SHAPES = (Shape(300, 768, 768), Shape(50, 768, 768))
+class Layer(NamedTuple):
+    """packed: the same weight, kept packed; None where nothing is."""
+
+    weight: Tensor
+    bias: Tensor
+    packed: Tensor | None
 
 
-# bytes of equal weights that are met in turn: more than a cache has
-WEIGHTS = 128 << 20
+class Bench(NamedTuple):
+    """What all lines share.
+
+    form:    of clipfast's product.
+    limits:  the most that was seen in the run: FLOP/s by dtype, and READ in bytes/s; 0 where the library is missing.
+    in_turn: bytes of weights.
+    """
+
+    form: str
+    other: OtherProduct | None
+    rounds: int
+    facts: harness.Row
+    limits: dict[str, float]
+    in_turn: int
+    quick: bool
 
 
-def _in_turn(calls: Sequence[Callable[[], Tensor]], start: int) -> Callable[[], Tensor]:
-    turn = itertools.cycle([*calls[start:], *calls[:start]])
-    return lambda: next(turn)()
+def layers(sizes: Sequence[tuple[int, int]], dtype: torch.dtype, bench: Bench) -> list[list[Layer]]:
+    """Blocks of equal weights that do not fit into a cache together, each packed as well."""
+    first = [ceilings.operands(0, *size, dtype, seed)[1:] for seed, size in enumerate(sizes)]
+    copies = [first]
+    while sum(weight.nbytes for weight, _ in first) * (len(copies) - 1) < bench.in_turn:
+        copies.append([(weight.clone(), bias) for weight, bias in first])
+    return [[Layer(weight, bias, _packed(weight, bench.form)) for weight, bias in copy] for copy in copies]
+
+
+def _ours_serves(dtype: torch.dtype) -> bool:
+    return not cpu_library.missing() and dtype in cpu_library.DTYPES
+
+
+def _packed(weight: Tensor, form: str) -> Tensor | None:
+    if not _ours_serves(weight.dtype):
+        return None
+    # what is kept is kept of a tensor, so that the same memory under another one stays as it is
+    same = weight.detach()
+    kept.keep([same])
+    kept.layout(same, cpu_linear.pack, form)
+    return same
+
+
+def contestants(x: Tensor, layer: Layer, bench: Bench) -> dict[str, Callable[[], Tensor]]:
+    """The ways to one product."""
+    weight, bias, packed = layer
+    ways = ceilings.products(x, weight, bias)
+    del ways[ceilings.OURS]
+    if packed is None:
+        return ways | {OURS: lambda: ops.linear(x, weight, bias)}
+    ways[OURS] = functools.partial(cpu_linear.linear, x, weight, bias, None, None, bench.form)
+    ways[PREPACKED] = functools.partial(cpu_linear.linear, x, packed, bias, None, None, bench.form)
+    if bench.other:
+        ways[bench.other.name] = functools.partial(bench.other, x, weight, bias, bench.form)
+    return ways
+
+
+def _blocks(work: Work, copies: Sequence[Sequence[Layer]], xs: Sequence[Tensor], bench: Bench) -> dict[str, Any]:
+    """Contestant -> the next block's products, whoever had the last: it is the one that was met longest ago."""
+    ways = [[contestants(x, layer, bench) for x, layer in zip(xs, copy, strict=True)] for copy in copies]
+    turn = itertools.cycle(ways)
+
+    def block(name: str) -> list[Tensor]:
+        return [products[name]() for products in next(turn)]
+
+    return {name: functools.partial(block, name) for name in ways[0][0]}
 
 
 def measure(
-    shape: Shape,
-    dtype_name: str,
-    rounds: int,
-    facts: harness.Row,
-    rows: list[harness.Row],
-    instructions: str | None = None,
+    work: Work, dtype_name: str, copies: Sequence[Sequence[Layer]], bench: Bench, rows: list[harness.Row]
 ) -> None:
-    """Append one row for each contestant, of the rounds that were finished if somebody interrupts.
-
-    instructions: which form of libclipfast_cpu is ours, whatever dispatch would choose.
-    """
-    x, weight, bias = operands(*shape, harness.DTYPES[dtype_name])
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    copies = [weight, *(weight.clone() for _ in range(WEIGHTS // weight.nbytes))]
-    of_each = [products(x, copy, bias) for copy in copies]
-    if instructions is not None:
-        for copy, ways_of_it in zip(copies, of_each, strict=True):
-            ways_of_it[OURS] = functools.partial(cpu_linear.linear, x, copy, bias, None, None, instructions)
-    # not the one that another contestant has just read
-    starts = {name: number * len(copies) // len(of_each[0]) for number, name in enumerate(of_each[0])}
-    ways = {name: _in_turn([ways[name] for ways in of_each], starts[name]) for name in of_each[0]}
-    seconds: dict[str, list[float]] = {}
+    """Append one row for each contestant, of the rounds that were finished if somebody interrupts."""
+    dtype = harness.DTYPES[dtype_name]
+    xs = [ceilings.operands(work.rows, *size, dtype, seed)[0] for seed, size in enumerate(work.sizes)]
+    ways = _blocks(work, copies, xs, bench)
+    products = zip(xs, copies[0], strict=True)
+    exact = [F.linear(x.double(), layer.weight.double(), layer.bias.double()).flatten() for x, layer in products]
+    wrong: dict[str, float] = {}
     failed: dict[str, str] = {}
-    wrong = {name: relative_rms(way(), exact) for name, way in ways.items()}
+    seconds: dict[str, list[float]] = {}
+    for name, way in ways.items():
+        try:
+            wrong[name] = relative_rms(torch.cat([each.flatten() for each in way()]), torch.cat(exact))
+        except (RuntimeError, KeyError) as error:
+            failed[name] = harness.reason(error)
+    able = {name: way for name, way in ways.items() if name in wrong}
+    rounds = bench.rounds * (MANY if work.rows <= FEW else 1)
+    end = time.monotonic() + SECONDS
     try:
-        failed = harness.time_rounds(ways, rounds, seconds)
+        failed |= harness.time_rounds(able, rounds, seconds, least=LEAST, left=lambda: end - time.monotonic())
     finally:
-        first = harness.times(seconds.get(PLAIN, ()))
+        shared = {**bench.facts, "instructions": bench.form, "dtype": dtype_name, **work.facts}
+        plain = harness.times(seconds.get(PLAIN, ())).get("median_s")
         for name in ways:
-            row = {**facts, "dtype": dtype_name, **shape._asdict(), "contestant": name, "status": "untimed"}
-            row |= {"rel_rms": harness.significant(wrong[name])}
-            row |= {"rms_vs_f_linear": harness.significant(wrong[name] / wrong[PLAIN])}
-            row |= harness.times(seconds.get(name, ()))
+            row = {**shared, "contestant": name, "status": "untimed", **harness.times(seconds.get(name, ()))}
             if name in failed:
                 row |= {"status": "failed", "note": failed[name]}
-            elif "median_s" in row:
-                row["status"] = "ok"
-                row["gflops"] = harness.significant(shape.flops / row["median_s"] / 1e9)
-                if first:
-                    row["vs_f_linear"] = harness.significant(first["median_s"] / row["median_s"])
+            if name in wrong:
+                row["rel_rms"] = harness.significant(wrong[name])
+                row |= {"rms_vs_f_linear": harness.significant(wrong[name] / wrong[PLAIN])} if PLAIN in wrong else {}
+            if "median_s" in row:
+                row |= {"status": "ok", **_rates(work, dtype_name, row["median_s"], plain)}
             rows.append(row)
 
 
-HEADER = (
-    "rows x inputs x outputs",
-    "",
-    "GFLOP/s",
-    "median ms",
-    "p20",
-    "p80",
-    "x F.linear",
-    "RMS error",
-    "x F.linear's",
-)
+def _rates(work: Work, dtype: str, median: float, plain: float | None) -> harness.Row:
+    read = work.weights * harness.DTYPES[dtype].itemsize
+    found = {"gflops": 2 * work.rows * work.weights / median / 1e9, "gb_per_s": read / median / 1e9}
+    if plain:
+        found["vs_f_linear"] = plain / median
+    return {name: harness.significant(value) for name, value in found.items()}
 
 
-def line(row: harness.Row) -> tuple[str, ...]:
-    """A row of the printed table."""
-    return (
-        f"{row['rows']}x{row['inputs']}x{row['outputs']} {row['dtype']}",
-        row["contestant"] + (f" ({row['status']})" if row["status"] != "ok" else ""),
-        output.cell(row, "gflops", ".0f"),
-        *(output.cell(row, column, ".4g", 1e3) for column in ("median_s", "p20_s", "p80_s")),
-        output.cell(row, "vs_f_linear", ".2f"),
-        output.cell(row, "rel_rms", ".2e"),
-        output.cell(row, "rms_vs_f_linear", ".2f"),
-    )
+def look(dtypes: Sequence[str], bench: Bench) -> None:
+    """What the machine gives now; less than before says only that somebody else had a core."""
+    if cpu_library.missing():
+        return
+    now = {READ: ceilings.read_bytes_per_s(ceilings.QUICK_BYTES if bench.quick else ceilings.READ_BYTES)}
+    loop = QUICK_LOOP if bench.quick else LOOP
+    for name in dtypes:
+        # no less than one thread, for the same reason
+        now[name] = max(
+            ceilings.multiply_adds_per_s(harness.DTYPES[name], loop, threads, bench.form)
+            for threads in (1, torch.get_num_threads())
+        )
+    bench.limits.update({name: max(bench.limits[name], limit) for name, limit in now.items()})
 
 
-def main(argv: list[str] | None = None) -> int:
+def add_shares(rows: Sequence[harness.Row], bench: Bench) -> None:
+    """Columns of what the machine gave at best in the whole run, and each row's share of it."""
+    for row in rows:
+        for limit, rate, most, share in (
+            (bench.limits[row["dtype"]], "gflops", "peak_gflops", "of_peak"),
+            (bench.limits[READ], "gb_per_s", "read_gb_per_s", "of_read"),
+        ):
+            if limit:
+                row[most] = harness.significant(limit / 1e9)
+            if limit and rate in row:
+                row[share] = harness.significant(1e9 * row[rate] / limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _works(options: argparse.Namespace) -> list[Work]:
+    """Raises: ValueError for what is not a shape or a number of rows."""
+    if options.shapes:
+        return [Work.parse(text) for text in options.shapes.split(",")]
+    rows = [int(text) for text in options.rows.split(",")] if options.rows else QUICK_ROWS if options.quick else ROWS
+    if min(rows) < 1:
+        raise ValueError(f"rows: expected numbers of at least 1, got {options.rows!r}")
+    return [Work.of_block(block, n) for block in list(WIDTHS)[: 1 if options.quick else None] for n in rows]
+
+
+def _bench(options: argparse.Namespace, dtypes: Sequence[str]) -> Bench:
+    """Raises: ValueError if the form or the other checkout cannot be had."""
+    missing = cpu_library.missing()
+    if missing and (options.instructions or options.old):
+        raise ValueError(missing)
+    form = options.instructions or ("none" if missing else cpu_library.best())
+    if not missing and cpu_library.form(form) > cpu_library.LIBRARY.use().clipfast_cpu_best():
+        raise ValueError(f"--instructions: this CPU or build has no {form}")
+    other = OtherProduct(options.old) if options.old else None
+    facts = environment.environment()
+    environment.warn_if_busy(facts)
+    rounds, in_turn = (3, QUICK_WEIGHTS) if options.quick else (options.rounds, WEIGHTS)
+    return Bench(form, other, rounds, facts, dict.fromkeys((READ, *dtypes), 0.0), in_turn, options.quick)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__.splitlines()[0])
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated: %(default)s")
-    parser.add_argument("--shapes", help="comma-separated rows x inputs x outputs, as 1600x768x3072")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (default %(default)s)")
+    parser.add_argument("--rows", help=f"of the blocks, comma-separated (default {','.join(map(str, ROWS))})")
+    parser.add_argument("--shapes", help="single products instead: comma-separated rows x inputs x outputs")
+    parser.add_argument("--rounds", type=int, default=15, help=f"timed calls of each (%(default)s; few rows x {MANY})")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--csv", type=Path, help="write all rows here")
     forms = [name for name in cpu_library.INSTRUCTIONS if name != "best"]
     parser.add_argument("--instructions", choices=forms, help="clipfast's product in this form, whatever is faster")
-    parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds: does it run?")
+    parser.add_argument("--old", type=Path, metavar="CHECKOUT", help="time the product built there as well")
+    parser.add_argument("--quick", action="store_true", help="few rows, 3 rounds, from the cache: does it run?")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(argv)
-    try:
-        shapes = [Shape.parse(text) for text in options.shapes.split(",")] if options.shapes else None
-    except ValueError as error:
-        parser.error(str(error))
     dtypes = options.dtypes.split(",")
     if not set(dtypes) <= set(harness.DTYPES):
         parser.error(f"dtypes: expected some of {', '.join(harness.DTYPES)}, got {options.dtypes}")
-    if options.instructions and (why := cpu_library.missing()):
-        parser.error(why)
     if options.threads:
         torch.set_num_threads(options.threads)
-    chosen = shapes or (QUICK_SHAPES if options.quick else SHAPES)
+    try:
+        works, bench = _works(options), _bench(options, dtypes)
+    except ValueError as error:
+        parser.error(str(error))
     rows: list[harness.Row] = []
-    facts = environment.environment()
-    environment.warn_if_busy(facts)
     output.write_csv(options.csv, COLUMNS, [])
-    progress = output.Progress(len(dtypes) * len(chosen))
+    progress = output.Progress(len(dtypes) * len(works))
     status = 0
     try:
         with torch.no_grad():
+            look(dtypes, bench)
             for dtype in dtypes:
-                for shape in chosen:
-                    progress.say(f"{dtype} {shape}")
-                    measure(shape, dtype, 3 if options.quick else options.rounds, facts, rows, options.instructions)
-                    progress.tick(1)
+                for sizes, same in itertools.groupby(works, lambda work: work.sizes):
+                    copies = layers(sizes, harness.DTYPES[dtype], bench)
+                    for work in same:
+                        progress.say(f"{dtype} {work}")
+                        measure(work, dtype, copies, bench, rows)
+                        progress.tick(1)
+                    del copies
+                    look((dtype,), bench)
+                    add_shares(rows, bench)
+                    output.write_csv(options.csv, COLUMNS, rows)
     except KeyboardInterrupt:
         status = 130
+    add_shares(rows, bench)
     output.write_csv(options.csv, COLUMNS, rows)
     progress.clear()
-    notes = [f"{row['contestant']}: {row['note']}" for row in rows if "note" in row]
-    title = f"x @ weight.T + bias on {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
-    output.print_table(title, HEADER, map(line, rows), notes, names=2)
+    show(rows, facts=bench.facts, form=bench.form, limits=bench.limits)
     return status
 
 

@@ -108,17 +108,19 @@ def _forms() -> range:
     return range(codes["baseline"], codes[cpu_library.best()] + 1)
 
 
-def multiply_adds_per_s(dtype: torch.dtype, seconds: float, threads: int) -> float:
+def multiply_adds_per_s(dtype: torch.dtype, seconds: float, threads: int, instructions: str | None = None) -> float:
     """FLOP/s of fused multiply-adds in registers, on so many threads, in the best form that libclipfast_cpu has.
 
     A product is no faster in the form's instructions, whoever wrote it. What has no instructions for a dtype widens it
     and multiplies float32. 0 where the library is missing.
-    seconds: of one loop, at least.
+    seconds:      of one loop, at least.
+    instructions: of this form alone.
     """
     if cpu_library.missing():
         return 0.0
     code = cpu_library.DTYPES.get(dtype, 0)
-    return max(_multiply_adds_per_s(code, form, seconds, threads) for form in _forms())
+    forms = _forms() if instructions is None else (cpu_library.form(instructions),)
+    return max(_multiply_adds_per_s(code, form, seconds, threads) for form in forms)
 
 
 def _multiply_adds_per_s(dtype: int, form: int, seconds: float, threads: int) -> float:
