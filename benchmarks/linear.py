@@ -32,13 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.linear_tables import FEW, show
+from benchmarks.linear_tables import show
 from benchmarks.other_checkout import OtherProduct
 from clipfast import ops
 from clipfast.bench import ceilings, environment, harness, output
 from clipfast.bench.accuracy import relative_rms
 from clipfast.bench.ceilings import PLAIN, READ
 from clipfast.bench.peers import OURS, PREPACKED
+from clipfast.bench.product_report import FEW
 from clipfast.kernels import cpu_library, cpu_linear, kept
 
 COLUMNS = (

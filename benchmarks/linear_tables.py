@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from clipfast.bench import output
 from clipfast.bench.ceilings import READ
 from clipfast.bench.harness import Row
+from clipfast.bench.product_report import FEW
 
-# up to so many rows of x the time is that of reading the weights
-FEW = 16
 HEADER = ("", "", "GFLOP/s", "of peak", "GB/s", "of reading", "median ms", "p20", "p80")
 HEADER += ("x F.linear", "RMS error", "x F.linear's")
 

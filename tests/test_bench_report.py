@@ -88,11 +88,13 @@ def test_latency_start_and_pictures_are_shown_where_they_are(tmp_path):
     rows[0] |= {"p95_s": "0.75", "p99_s": "", "rounds": "40"}
     assert "| M image float32 | clipfast | 500 | 750 |  | 40 |" in report.tables(rows, "r").splitlines()
     columns = ["date", "model", "dtype", "contestant", "status", "import_s", "first_image_s", "second_image_s"]
-    columns += ["first_text_s", "second_text_s", "peak_bytes"]
+    columns += ["first_text_s", "second_text_s", "peak_bytes", "cpu", "threads", "torch"]
     values = ["2026-01-01", "M", "float32", "clipfast", "ok", "0.125", "0.5", "0.25", "0.2", "0.1", str(2**30)]
+    values += ["A CPU", "2", "2.0+cpu"]
     (tmp_path / "a-start.csv").write_text(",".join(columns) + "\n" + ",".join(values) + "\n")
     (tmp_path / "a-ratios.svg").write_text("<svg/>")
     text = report.made(tmp_path, "r")
+    assert "M float32 on A CPU, 2 threads, torch 2.0 ([a-start.csv](r/a-start.csv))" in text
     assert "| clipfast | 0.12 | 500 | 250 | 200 | 100 | 1024 |" in text.splitlines()
     assert "![ratios of a](r/a-ratios.svg)" in text and "roofline" not in text
 

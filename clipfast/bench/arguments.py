@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, help="threads of an operator (default: PyTorch's own choice)")
     parser.add_argument("--out", type=Path, default=Path("clipfast-bench"), help="folder for results (%(default)s)")
-    parser.add_argument("--name", help="name of the files (default: <cpu or gpu>-<date>)")
+    parser.add_argument("--name", help="name of the files (default: <kind of cpu or gpu>-<date>)")
     parser.add_argument("--no-plots", action="store_true", help="no pictures (they need matplotlib)")
     parser.add_argument("--no-start", action="store_true", help="do not measure import, first call and memory")
     parser.add_argument("--quick", action="store_true", help="small ceilings, 3 rounds: does it run?")

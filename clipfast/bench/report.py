@@ -1,6 +1,7 @@
 """The README's tables from the results files: nothing in them is typed by hand, and each names the file it is from.
 
-What follows is `clipfast bench`'s; gpu_report.py has the tables of `python -m benchmarks.gpu`, which go behind them.
+What follows is `clipfast bench`'s. Behind it come the tables of `python -m benchmarks.linear` (product_report.py)
+and of `python -m benchmarks.gpu` (gpu_report.py).
 
     python -m clipfast.bench.report [--results benchmarks/results] [--readme README.md] [--check] [--plots]
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipfast.bench import gpu_report, markdown, peers
+from clipfast.bench import gpu_report, markdown, peers, product_report
 from clipfast.bench.harness import Row
 from clipfast.bench.markdown import TOWERS, three
 from clipfast.files import write_bytes
@@ -67,6 +69,9 @@ def _is_ours(row: Row) -> bool:
 def _machine(row: Row) -> str:
     device = row.get("device") or "cpu"
     name = row["cpu"] if device == "cpu" else device
+    # many kinds are called "AMD EPYC"; older files do not say which
+    if device == "cpu" and row.get("cpu_kind"):
+        name += f" ({row['cpu_kind']})"
     return f"{name}, {row['threads']} threads, torch {row['torch'].partition('+')[0]}"
 
 
@@ -78,6 +83,7 @@ def made(results: Path, folder: str) -> str:
     pictures = {path.name for path in results.glob("*.svg")}
     parts = (
         tables(read(results), folder, read_start(results), pictures),
+        product_report.section(results, folder),
         gpu_report.section(results, folder, pictures),
     )
     return "\n\n".join(parts)
@@ -104,21 +110,21 @@ def tables(rows: Sequence[Row], folder: str, start: Sequence[Row] = (), pictures
     for row in chosen:
         found.setdefault(Key(_machine(row), row["model"], int(row["batch"])), []).append(row)
     parts: list[str] = []
-    machine = ""
     # the largest batch first: throughput is what most come for
-    for key in sorted(found, key=lambda key: (key.machine, key.model, -key.batch)):
-        if not any(_is_ours(row) for row in found[key]):
+    keys = sorted(found, key=lambda key: (key.machine, key.model, -key.batch))
+    for machine, same in itertools.groupby(keys, lambda key: key.machine):
+        shown = [key for key in same if any(_is_ours(row) for row in found[key])]
+        if not shown:
             continue
-        if key.machine != machine:
-            machine = key.machine
-            parts.append(
-                f"On {machine}: samples per second, medians of interleaved rounds. In brackets: how many times as fast "
-                "clipfast is. In brackets behind text: how many tokens the captions have."
-            )
-        parts += _section(key, found[key], folder)
-    parts += _tails([row for key in sorted(found) for row in found[key]])
+        parts.append(
+            f"On {machine}: samples per second, medians of interleaved rounds. In brackets: how many times as fast "
+            "clipfast is. In brackets behind text: how many tokens the captions have."
+        )
+        for key in shown:
+            parts += _section(key, found[key], folder)
+        of_it = [row for key in sorted(found) if key.machine == machine for row in found[key]]
+        parts += [*_tails(of_it), *_errors(of_it)]
     parts += _start(start, folder)
-    parts += _errors([row for key in sorted(found) for row in found[key]])
     for stem in sorted({row["file"].removesuffix(".csv") for row in chosen}):
         parts += [
             f"![{kind} of {stem}]({folder}/{stem}-{kind}.svg)" for kind in KINDS if f"{stem}-{kind}.svg" in pictures
@@ -165,7 +171,7 @@ def _start(rows: Sequence[Row], folder: str) -> Iterator[str]:
     if not timed:
         return
     first, name = timed[0], timed[0]["file"]
-    what = f"{first['model']} {first['dtype']} ([{name}]({folder}/{name}))"
+    what = f"{first['model']} {first['dtype']} on {_machine(first)} ([{name}]({folder}/{name}))"
     yield f"What a process pays once, {what}; import is beyond torch's own:"
     lines = ["| | import, s | first image, ms | second | first caption, ms | second | memory, MiB |", "|---" * 7 + "|"]
     for row in timed:
