@@ -25,7 +25,7 @@ step = @printf 'setting up $(VENV): %s ' '$(1)'; start=$$(date +%s); shell=$$$$;
 peer = { $(INSTALL) $(1) || { \
 	echo "warning: not installed: $(1)"; test "$$CLIPFAST_REQUIRE_PEERS" != 1; }; }
 
-.PHONY: help demo test test-older-cpus test-versions lint bench readme gpu-kit gpu gpu-rest clean
+.PHONY: help demo test test-older-cpus test-versions lint bench on-this-cpu readme gpu-kit gpu gpu-rest clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,6 +57,9 @@ lint: $(TEST) ## ruff and mypy
 
 bench: $(BENCH) ## time whole models against openai/CLIP and the other peers, in ten minutes   ARGS="--models RN50"
 	$(VENV)/bin/clipfast bench $(ARGS)
+
+on-this-cpu: $(BENCH) ## all of a CPU: products and ViT-B/32, into benchmarks/results, in 20 minutes   OUT=folder
+	PYTHONPATH=. $(PY) -m benchmarks.on_this_cpu $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 readme: $(TEST) ## write the README's tables from benchmarks/results, and draw their pictures
 	$(PY) -m clipfast.bench.report --plots
