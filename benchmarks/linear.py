@@ -313,11 +313,11 @@ def main(argv: list[str] | None = None) -> int:
                     for work in same:
                         progress.say(f"{dtype} {work}")
                         measure(work, dtype, copies, bench, rows)
+                        add_shares(rows, bench)
+                        output.write_csv(options.csv, COLUMNS, rows)
                         progress.tick(1)
                     del copies
                     look((dtype,), bench)
-                    add_shares(rows, bench)
-                    output.write_csv(options.csv, COLUMNS, rows)
     except KeyboardInterrupt:
         status = 130
     add_shares(rows, bench)

@@ -20,10 +20,14 @@ needs_library = pytest.mark.skipif(cpu_library.missing() is not None, reason="li
 
 @pytest.fixture
 def fast(monkeypatch):
-    """A block 64 wide, and a machine that is known."""
+    """A block 64 wide, and a machine that is known; one thread, which waits for no other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(linear, "WIDTHS", {"ViT-B/32": 64})
     monkeypatch.setattr(ceilings, "read_bytes_per_s", lambda n_bytes: 8e9)
     monkeypatch.setattr(ceilings, "multiply_adds_per_s", lambda dtype, seconds, threads, form: threads * 1e9)
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -49,7 +53,7 @@ def test_a_run_writes_a_row_for_each_contestant_with_its_shares(fast, tmp_path, 
         assert float(row["gb_per_s"]) == pytest.approx(weights / median / 1e9, rel=1e-4)
         assert float(row["of_read"]) == pytest.approx(float(row["gb_per_s"]) / 8, rel=1e-4)
         gflops = 2 * int(row["rows"]) * 12 * 64 * 64 / median / 1e9
-        assert float(row["of_peak"]) == pytest.approx(gflops / torch.get_num_threads(), rel=1e-4)
+        assert float(row["of_peak"]) == pytest.approx(gflops, rel=1e-4)
         assert float(row["rel_rms"]) < (1e-6 if row["dtype"] == "float32" else 1e-2)
     shown = capsys.readouterr().out
     assert "of reading" in shown and "share of the peak" in shown and "% " in shown and ", reads " in shown
@@ -164,8 +168,15 @@ def test_all_of_a_cpu_goes_to_files_with_its_name_and_avx2_is_held_in_a_process_
     assert all("--quick" in part.arguments for part in on_this_cpu.parts(tmp_path, "a-amx", "2026-01-01", quick=True))
 
 
+def test_a_folder_that_is_a_file_is_named_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        on_this_cpu.main(["--out", str(tmp_path / "file")])
+    assert "is a file, and a folder is wanted" in capsys.readouterr().err
+
+
 def test_a_part_that_fails_keeps_no_other_from_running(capfd):
-    failing = on_this_cpu.Part("this", ("clipfast", "no such command"))
+    failing = on_this_cpu.Part("this", ("timeit", "--no-such-option"))
     other = on_this_cpu.Part("that", ("this",), {"SAID": "so"})
     assert on_this_cpu.run([failing, other]) == 2
     out, error = capfd.readouterr()
