@@ -200,6 +200,32 @@ def test_weights_made_in_inference_mode_are_refused():
     assert not any(parameter in kept._kept for parameter in model.parameters())
 
 
+def test_another_storage_at_the_same_address_is_seen(products):
+    """As after .half().float(), where the memory that was freed may be given out again."""
+    memory = bytearray(4 * 8 * 12)
+    weight = torch.frombuffer(memory, dtype=torch.float32).view(8, 12).normal_()
+    x = torch.randn(3, 12)
+    dispatch.prepack([weight])
+    with torch.no_grad(), clipfast.backend(products):
+        first = ops.linear(x, weight)
+        weight.data = torch.frombuffer(memory, dtype=torch.float32).view(8, 12).neg_()
+        torch.testing.assert_close(ops.linear(x, weight), -first)
+    dispatch.prepack([weight], False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_weights_converted_in_inference_mode_are_kept_no_longer(dtype, products):
+    """What the conversion puts into a parameter is a tensor whose edits PyTorch does not count."""
+    linear = nn.Linear(12, 8, bias=False)
+    x = torch.randn(3, 12).to(dtype)
+    dispatch.prepack([linear.weight])
+    with torch.inference_mode(), clipfast.backend(products):
+        linear.double().to(dtype)
+        first = ops.linear(x, linear.weight)
+        linear.weight.neg_()
+        torch.testing.assert_close(ops.linear(x, linear.weight), -first)
+
+
 def test_a_module_that_is_replaced_is_called():
     model = clipfast.CLIP(*VIT).eval().prepack_weights()
     with torch.no_grad():

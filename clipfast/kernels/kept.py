@@ -7,10 +7,11 @@ again when the weight is seen to be another: by its version, which PyTorch count
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -19,7 +20,7 @@ class _Kept:
     """The layouts of one weight, each by the function that makes it, with what it was made from."""
 
     def __init__(self) -> None:
-        self.layouts: dict[Callable[..., Any], tuple[tuple[Hashable, ...], Any]] = {}
+        self.layouts: dict[Callable[..., Any], tuple[tuple[Hashable, ...], weakref.ref[UntypedStorage], Any]] = {}
 
 
 # by the parameter itself, and gone with it
@@ -41,7 +42,8 @@ def keep(weights: Iterable[Tensor]) -> None:
     """Keep the layouts of these weights [N, K] from now on, in memory of their own: each as much again as the weight.
 
     Optimisers and every edit that PyTorch counts (copy_, load_state_dict, another tensor as `.data`) are followed. One
-    in place through `.data`, or through NumPy, is not, until this is called again.
+    in place through `.data`, or through NumPy, is not, until this is called again. Nothing is kept any more of a weight
+    that is converted in inference mode.
     Raises: ValueError for a weight made in inference mode, whose edits PyTorch does not count.
     """
     weights = list(weights)
@@ -58,16 +60,19 @@ def forget(weights: Iterable[Tensor]) -> None:
 
 
 def is_kept(weight: Tensor) -> bool:
-    return bool(_kept) and weight in _kept
+    return bool(_kept) and weight in _kept and not weight.is_inference()
 
 
 def layout(weight: Tensor, make: Callable[..., Any], *arguments: Hashable) -> Any:
     """make(weight, *arguments), made now or before; None if nothing of this weight is kept."""
     kept: _Kept | None = _kept.get(weight) if _kept else None
-    if kept is None:
+    # a conversion in inference mode puts a tensor into a parameter whose edits are not counted
+    if kept is None or weight.is_inference():
         return None
     now = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, *arguments)
+    storage = weight.untyped_storage()
     last = kept.layouts.get(make)
-    if last is None or last[0] != now:
-        kept.layouts[make] = last = (now, make(weight, *arguments))
-    return last[1]
+    # another storage may lie where a freed one did: after .half().float()
+    if last is None or last[0] != now or last[1]() is not storage:
+        kept.layouts[make] = last = (now, weakref.ref(storage), make(weight, *arguments))
+    return last[2]
