@@ -156,7 +156,7 @@ void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
         }
         for (; i < steps; i++) to[i] = 0;
     } else {
-        memcpy(to, from, bytes);
+        if (bytes > 0) memcpy(to, from, bytes); // without terms there may be no x
         memset(reinterpret_cast<char *>(to) + bytes, 0, 4 * steps - bytes);
     }
 }
