@@ -115,7 +115,9 @@ def test_other_versions_and_broken_files(cpu_library_file, tmp_path):
     csrc.assert_says_why_it_is_missing(library.LIBRARY, cpu_library_file, tmp_path, "clipfast_cpu_of_tomorrow")
 
 
-@pytest.mark.parametrize("struct", [library.AttentionArgs, library.LinearArgs, library.PeakArgs, library.ReadArgs])
+@pytest.mark.parametrize(
+    "struct", [library.AttentionArgs, library.LinearArgs, library.PackArgs, library.PeakArgs, library.ReadArgs]
+)
 def test_header_and_python_agree(struct):
     csrc.assert_header_agrees(HEADER, library.LIBRARY, struct)
     assert f"#define CLIPFAST_CPU_READ_BLOCK {library.READ_BLOCK}\n" in HEADER
@@ -142,6 +144,12 @@ def linear_args(**changes) -> library.LinearArgs:
     return library.LinearArgs(**(values | changes))
 
 
+def pack_args(**changes) -> library.PackArgs:
+    """Correct arguments for no columns, but for the changes."""
+    values = {"struct_size": ctypes.sizeof(library.PackArgs), "bytes": SOMEWHERE, "terms": 8, "threads": 1}
+    return library.PackArgs(**(values | changes))
+
+
 ONE_SEQUENCE = {"sequences": 1, **dict.fromkeys(("qkv", "out", "offsets"), SOMEWHERE)}
 ONE_ROW = {"rows": 1, **dict.fromkeys(("x", "weight", "out"), SOMEWHERE)}
 REFUSED = [
@@ -152,6 +160,9 @@ REFUSED = [
     *(("linear", {name: -1}) for name in ("rows", "columns", "terms", "activation")),
     ("linear", {"activation": 3}),
     *(("linear", {**ONE_ROW, name: None}) for name in ("x", "weight", "out")),
+    *(("pack", changes) for changes in ({"struct_size": 8}, {"threads": 0}, {"dtype": 7}, {"bytes": None})),
+    *(("pack", {name: -1}) for name in ("columns", "terms")),
+    ("pack", {"columns": 1, "packed": SOMEWHERE, "weight": None}),
 ]
 
 
@@ -166,7 +177,7 @@ REFUSED = [
     ),
 )
 def test_refusals_have_a_text(cpu_library, operator, changes):
-    arguments = {"attention": attention_args, "linear": linear_args}[operator](**changes)
+    arguments = {"attention": attention_args, "linear": linear_args, "pack": pack_args}[operator](**changes)
     code = getattr(cpu_library, f"clipfast_cpu_{operator}")(arguments)
     assert code == -1
     with pytest.raises(RuntimeError, match="libclipfast_cpu: a null pointer, a size out of range"):
@@ -327,7 +338,9 @@ for form, dtype in itertools.product(forms, (torch.float32, torch.bfloat16)):
             guarded(torch.randn(shape).to(dtype))
             for shape in ((rows, terms), (columns, terms), (columns,), (rows, columns))
         )
-        cpu_linear.linear(x, weight, bias, "gelu", residual, form)
+        packed = guarded(cpu_linear.pack(weight, form))
+        for read in (None, packed):
+            torch.ops.clipfast.cpu_linear(x, weight, read, bias, residual, "gelu", form)
     for width, causal in itertools.product((1, 17, 64), (True, False)):
         qkv = guarded(torch.randn(70, 3, 2, width).to(dtype))
         cpu_attention.attention(qkv, Rows((3, 50, 17)), causal, None, form)

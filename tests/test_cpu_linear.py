@@ -105,6 +105,25 @@ def test_any_shape_and_threads(rows, terms, columns, dtype, activation, threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 0, 5), (13, 588, 75), (7, 1025, 131), (1100, 391, 97), (2, 16, 0)])
+def test_a_packed_weight_gives_the_same(form, shape, dtype):
+    rows, terms, columns = shape
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, terms), (columns, terms), (columns,)))
+    packed = cpu_linear.pack(weight, form)
+    nowhere = torch.full_like(weight, float("nan"))  # of which nothing but the shape is used
+    got = torch.ops.clipfast.cpu_linear(x, nowhere, packed, bias, None, "none", form)
+    assert torch.equal(got, cpu_linear.linear(x, weight, bias, None, None, form))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_more_rows_than_are_copied_at_once(form, threads, dtype):
+    case = linear_case(2500, 70, 141, dtype)
+    with csrc.threads(threads):
+        check(case._replace(options={"residual": torch.randn(2500, 141).to(dtype)}), form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("rows", [3, 150, 300])
 def test_threads_change_nothing(form, rows, dtype):
     case = linear_case(rows, 300, 410, dtype)
