@@ -338,9 +338,10 @@ for form, dtype in itertools.product(forms, (torch.float32, torch.bfloat16)):
             guarded(torch.randn(shape).to(dtype))
             for shape in ((rows, terms), (columns, terms), (columns,), (rows, columns))
         )
-        packed = guarded(cpu_linear.pack(weight, form))
-        for read in (None, packed):
-            torch.ops.clipfast.cpu_linear(x, weight, read, bias, residual, "gelu", form)
+        norm = guarded(torch.randn(terms)), guarded(torch.randn(terms))
+        packed, transposed = guarded(cpu_linear.pack(weight, form)), guarded(weight.t().contiguous()).t()
+        for of, read in ((weight, None), (weight, packed), (transposed, None)):
+            torch.ops.clipfast.cpu_linear(x, of, read, bias, residual, *norm, "gelu", form, 1e-5)
     for width, causal in itertools.product((1, 17, 64), (True, False)):
         qkv = guarded(torch.randn(70, 3, 2, width).to(dtype))
         cpu_attention.attention(qkv, Rows((3, 50, 17)), causal, None, form)

@@ -111,7 +111,7 @@ def test_a_packed_weight_gives_the_same(form, shape, dtype):
     x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, terms), (columns, terms), (columns,)))
     packed = cpu_linear.pack(weight, form)
     nowhere = torch.full_like(weight, float("nan"))  # of which nothing but the shape is used
-    got = torch.ops.clipfast.cpu_linear(x, nowhere, packed, bias, None, "none", form)
+    got = torch.ops.clipfast.cpu_linear(x, nowhere, packed, bias, None, None, None, "none", form, 0.0)
     assert torch.equal(got, cpu_linear.linear(x, weight, bias, None, None, form))
 
 
