@@ -213,6 +213,17 @@ def test_another_storage_at_the_same_address_is_seen(products):
     dispatch.prepack([weight], False)
 
 
+def test_another_part_of_the_same_storage_is_seen(products):
+    """From elsewhere, fewer rows, or with rows and columns swapped."""
+    memory, x = torch.randn(30, 12), torch.randn(3, 12)
+    weight = nn.Parameter(memory[:12], requires_grad=False)
+    dispatch.prepack([weight])
+    with torch.no_grad(), clipfast.backend(products):
+        for part in (memory[:12], memory[9:21], memory[9:17], memory[9:21], memory[9:21].t()):
+            weight.data = part
+            torch.testing.assert_close(ops.linear(x, weight), x @ part.t())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_weights_converted_in_inference_mode_are_kept_no_longer(dtype, products):
     """What the conversion puts into a parameter is a tensor whose edits PyTorch does not count."""
