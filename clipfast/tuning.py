@@ -285,18 +285,21 @@ class RowsOfOurs(NamedTuple):
     bfloat16: int
 
 
-# By kind of CPU: the form of the library, or AMX. Times as fast as the best of oneDNN and `F.linear` (MKL), the four
-# products of a ViT-B/32 block one after the other, AMD EPYC Zen 4, two cores, 2026-11-30; other kinds held to on it.
+# By kind of CPU: the form of the library, or AMX. Times as fast as the best of `F.linear` and oneDNN's fused product,
+# whose float32 sums in one chain round 1.7 times as much (cut, it is slower): the four products of a block of ViT-B/32
+# and of ViT-L/14, `make on-this-cpu` on an AMD EPYC (Zen 4, two cores, 2026-11-30), held to what is named.
 PRODUCTS = {
     # oneDNN has kernels for these; not measured
     "baseline": RowsOfOurs(0, 0),
-    # float32, 1 row 1.8, 8 rows 2.4, 50 rows 1.5, 200 rows 1.1, 800 and 1,600 rows 1.0 to 1.1. Nobody else has bfloat16
+    # float32: 1 row 0.9 to 1.1, 8 and 16 rows 1.4 to 1.6, 50 rows 1.1 to 1.2, 77 to 1,600 rows 1.0 to 1.1. bfloat16, of
+    # which oneDNN has no products: 2.6 to 4.8, but one row 0.6
     "avx2": RowsOfOurs(ANY, ANY),
-    # float32, 50 to 1,600 rows, kept packed as oneDNN's: 1.2 to 1.7. bfloat16 must be widened; nobody is faster at it
+    # float32: 1 row 0.9 to 1.1, 8 and 16 rows 1.4 to 1.6, 50 rows 1.0 to 1.1, 77 to 1,600 rows 0.9 to 1.0. bfloat16,
+    # which must be widened, was not measured: oneDNN widens it, too
     "avx512": RowsOfOurs(ANY, ANY),
-    # bfloat16, 8 to 50 rows 1.2 to 1.6, 77 to 200 rows 1.0 to 1.1, 400 to 1,600 rows 0.9 to 1.1
+    # float32 as above; bfloat16: 1 row 1.3 to 1.7, 8 and 16 rows 1.5 to 1.8, 50 rows 1.1 to 1.2, more 0.9 to 1.0
     "avx512_bf16": RowsOfOurs(ANY, 256),
-    # bfloat16 not measured: as many rows as a caption has, where reading the weight is all the time
+    # bfloat16 was not measured: as many rows as a caption has, where reading the weight is all the time
     "amx": RowsOfOurs(ANY, 16),
 }
 
