@@ -265,7 +265,7 @@ def _bench(options: argparse.Namespace, dtypes: Sequence[str]) -> Bench:
         raise ValueError(missing)
     form = options.instructions or ("none" if missing else cpu_library.best())
     if not missing and cpu_library.form(form) > cpu_library.LIBRARY.use().clipfast_cpu_best():
-        raise ValueError(f"--instructions: this CPU or build has no {form}")
+        raise ValueError(f"--instructions: this CPU or build has no {form}; take {cpu_library.best()} or less")
     other = OtherProduct(options.old) if options.old else None
     facts = environment.environment()
     environment.warn_if_busy(facts)

@@ -31,7 +31,7 @@ from clipfast.files import check_folder
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 MODELS = ("--models", "ViT-B/32", "--device", "cpu", "--no-start", "--no-plots")
 CONTEST = ("--peers", "clipfast,clipfast prepacked,onnxruntime,OpenVINO,openai-clip", "--batch", "1,4,16,32")
-# five rounds; at batch 1, where a turn is of several calls, four times as many calls
+# at most five rounds; at batch 1, where a turn is of several calls, four times as many. What takes long has fewer
 CONTEST += ("--towers", "image,text", "--dtypes", "float32,bfloat16", "--rounds", "5", "--tail", "20")
 # of the models; the products take about 8, held to AVX2 the longer part
 MINUTES = "11"

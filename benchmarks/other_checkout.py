@@ -14,7 +14,7 @@ from clipfast.kernels import cpu_library
 
 # that a version's LinearArgs may have
 FIELDS = {"struct_size", "x", "weight", "bias", "residual", "out", "rows", "columns", "terms"}
-FIELDS |= {"dtype", "activation", "packed", "threads", "instructions"}
+FIELDS |= {"dtype", "activation", "packed", "layout", "threads", "instructions", "norm_weight", "norm_bias", "eps"}
 
 
 class OtherProduct:
@@ -35,7 +35,8 @@ class OtherProduct:
             raise ValueError(f"{checkout}: {why}")
         self._fields = [name for name, _ in self._module.LinearArgs._fields_]
         if unknown := sorted(set(self._fields) - FIELDS):
-            raise ValueError(f"{checkout}: its product wants {', '.join(unknown)}, which nobody here knows")
+            wants = ", ".join(unknown)
+            raise ValueError(f"{checkout}: its product wants {wants}: add it to FIELDS and __call__ of {__name__}")
         self.name = f"clipfast {environment.commit(file) or 'of another checkout'}"
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, instructions: str = "best") -> Tensor:
@@ -45,13 +46,14 @@ class OtherProduct:
         """
         module = self._module
         out = x.new_empty(len(x), len(weight))
-        tensors = {"x": x, "weight": weight, "bias": bias, "residual": None, "out": out}
+        tensors = {"x": x, "weight": weight, "bias": bias, "out": out}
         values = {name: cpu_library.pointer(tensor) for name, tensor in tensors.items()}
-        values |= {"rows": len(x), "columns": len(weight), "terms": weight.shape[1], "packed": 0}
+        values |= {"rows": len(x), "columns": len(weight), "terms": weight.shape[1]}
         values |= {"struct_size": ctypes.sizeof(module.LinearArgs), "threads": cpu_library.threads()}
         values |= {"dtype": module.DTYPES[x.dtype], "instructions": module.INSTRUCTIONS[instructions]}
         values |= {"activation": module.ACTIVATIONS["none"]}
-        args = module.LinearArgs(**{name: values[name] for name in self._fields})
+        # what is not set is 0, and none
+        args = module.LinearArgs(**{name: value for name, value in values.items() if name in self._fields})
         module.LIBRARY.check(module.LIBRARY.use().clipfast_cpu_linear(ctypes.byref(args)))
         return out
 

@@ -420,7 +420,7 @@ def _decision(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], argu
 def run_normed_linear(x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer of LayerNorm(x): one operator where the backend of the product has it so, else one and the other.
 
-    norm: weight, bias and eps.
+    No operator of its own: `explain` shows the linear layer.   norm: weight, bias and eps.
     """
     norm_weight, norm_bias, eps = norm
     if x.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -576,6 +576,7 @@ class CLIP(nn.Module):
         counts (load_state_dict, .to(), another tensor as `.data`) the next call makes the layout again. It does not
         count one in place through `.data` or NumPy: call this again after that. Parameters put in later, a deep copy
         and an unpickled model start without.
+        enable: False keeps nothing any more, and frees the memory.
         Returns: the model.
         Raises:  ValueError for weights made in inference mode.
         """

@@ -286,18 +286,18 @@ class RowsOfOurs(NamedTuple):
 
 
 # By kind of CPU: the form of the library, or AMX. Times as fast as the best of `F.linear` and oneDNN's fused product,
-# whose float32 sums in one chain round 1.7 times as much (cut, it is slower): the four products of a block of ViT-B/32
-# and of ViT-L/14, `make on-this-cpu` on an AMD EPYC (Zen 4, two cores, 2026-11-30), held to what is named.
+# whose float32 sums in one chain round 1.7 to 2.4 times as much (cut, it is slower): the four products of a block of
+# ViT-B/32 and of ViT-L/14, `make on-this-cpu` on an AMD EPYC (Zen 4, two cores, 2026-11-30), held to what is named.
 PRODUCTS = {
     # oneDNN has kernels for these; not measured
     "baseline": RowsOfOurs(0, 0),
     # float32: 1 row 0.9 to 1.1, 8 and 16 rows 1.4 to 1.6, 50 rows 1.1 to 1.2, 77 to 1,600 rows 1.0 to 1.1. bfloat16, of
-    # which oneDNN has no products: 2.6 to 4.8, but one row 0.6
+    # which oneDNN has no products: 2.7 to 4.8, but one row 0.6
     "avx2": RowsOfOurs(ANY, ANY),
-    # float32: 1 row 0.9 to 1.1, 8 and 16 rows 1.4 to 1.6, 50 rows 1.0 to 1.1, 77 to 1,600 rows 0.9 to 1.0. bfloat16,
-    # which must be widened, was not measured: oneDNN widens it, too
+    # not measured in this form: float32 is the code of the next. bfloat16 must be widened, and oneDNN widens it, too
     "avx512": RowsOfOurs(ANY, ANY),
-    # float32 as above; bfloat16: 1 row 1.3 to 1.7, 8 and 16 rows 1.5 to 1.8, 50 rows 1.1 to 1.2, more 0.9 to 1.0
+    # float32: 1 row 0.9 to 1.1, 8 and 16 rows 1.4 to 1.6, 50 rows 1.0 to 1.1, 77 to 1,600 rows 0.9 to 1.0. bfloat16:
+    # 1 row 1.3 to 1.7, 8 and 16 rows 1.5 to 1.8, 50 rows 1.1 to 1.2, more 1.0 to 1.1
     "avx512_bf16": RowsOfOurs(ANY, 256),
     # bfloat16 was not measured: as many rows as a caption has, where reading the weight is all the time
     "amx": RowsOfOurs(ANY, 16),
@@ -316,6 +316,8 @@ def onednn_is_better(dtype: torch.dtype, rows: int, instructions: str, amx: bool
         return None
     if most == 0:
         return "oneDNN has kernels for this CPU (rule of thumb, not measured)"
+    if ours is PRODUCTS["amx"]:
+        return f"oneDNN has AMX for bfloat16 beyond {most} rows (rule of thumb, not measured)"
     return f"oneDNN is as fast in bfloat16 beyond {most} rows"
 
 

@@ -21,7 +21,7 @@ enum clipfast_cpu_dtype { CLIPFAST_CPU_FLOAT32 = 0, CLIPFAST_CPU_BFLOAT16 = 1 };
 
 enum clipfast_cpu_error {
     CLIPFAST_CPU_OK = 0,
-    CLIPFAST_CPU_ERROR_ARGUMENT = -1,     /* a null pointer, a bad size, an unknown dtype, activation or struct_size */
+    CLIPFAST_CPU_ERROR_ARGUMENT = -1,     /* a null pointer, a bad size, an unknown dtype, activation, layout or struct_size */
     CLIPFAST_CPU_ERROR_INSTRUCTIONS = -2, /* this CPU has not the instructions asked for */
     CLIPFAST_CPU_ERROR_MEMORY = -3        /* no memory for what is computed in between */
 };
@@ -63,7 +63,7 @@ typedef struct clipfast_cpu_attention_args {
 enum clipfast_cpu_layout {
     CLIPFAST_CPU_ROWS = 0,       /* [columns, terms] */
     CLIPFAST_CPU_TRANSPOSED = 1, /* [terms, columns] */
-    CLIPFAST_CPU_PACKED = 2      /* by clipfast_cpu_pack, for the same dtype and instructions */
+    CLIPFAST_CPU_PACKED = 2      /* by clipfast_cpu_pack, for this dtype, shape and form; that is not checked */
 };
 
 /* out = activation(x weight^T + bias) + residual, or with LayerNorm(x) for x. Sums and all that follows are float32, rounded

@@ -98,7 +98,8 @@ const char *clipfast_cpu_error_text(int code) {
     switch (code) {
         case CLIPFAST_CPU_OK: return "no error";
         case CLIPFAST_CPU_ERROR_ARGUMENT:
-            return "a null pointer, a size out of range, an unknown dtype or activation, or arguments of another version";
+            return "a null pointer, a size out of range, an unknown dtype, activation or layout, or arguments of another "
+                   "version";
         case CLIPFAST_CPU_ERROR_INSTRUCTIONS: return "this CPU has not the instructions asked for";
         case CLIPFAST_CPU_ERROR_MEMORY: return "no memory for what is computed in between";
     }

@@ -95,7 +95,7 @@ struct Product {
 
     explicit Product(const clipfast_cpu_linear_args &args) : args(args), chains(args.terms), groups(groups_of(args)) {}
 
-    // as many for each thread, if there are so many
+    // of panels: a multiple of the threads, so that each has as many, unless there are fewer panels
     static int64_t groups_of(const clipfast_cpu_linear_args &args) {
         const int64_t panels = panels_in(args.columns), most = GROUP / PANEL;
         return least(panels, up((panels + most - 1) / most, args.threads));
@@ -199,7 +199,8 @@ struct Product {
     }
 };
 
-// how many parts of rows: few enough for the second cache, and with `groups` of columns enough tasks for all threads
+// into how many parts rows are cut: each fits into the second cache, and with `groups` of columns there are some four
+// tasks for each thread
 inline int64_t parts_of(int64_t rows, int64_t groups, int64_t threads) {
     const int64_t large = (rows + PART - 1) / PART, small = (rows + 4 * TALL - 1) / (4 * TALL);
     const int64_t wanted = (4 * threads + groups - 1) / groups;

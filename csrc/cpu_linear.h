@@ -34,14 +34,6 @@ struct Terms {
     }
 };
 
-inline float as_float(float x) { return x; }
-inline float as_float(uint16_t x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 inline void add_product(Floats &sum, const Terms<float> &a, const Terms<float> &b) {
     sum += (Floats)a.bits * (Floats)b.bits;
 }

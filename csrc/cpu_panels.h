@@ -163,7 +163,7 @@ void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
 
 inline int64_t panels_in(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
-// Asks for pages of 2 MiB where memory is new: a weight has thousands of small ones, and a CPU forgets where they are.
+// Asks for pages of 2 MiB where memory is new: a weight has thousands of small ones, more than a CPU's TLB holds.
 inline void use_large_pages(void *memory, int64_t bytes) {
 #if defined(__linux__)
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory), first = up(start, 4096), end = start + bytes;

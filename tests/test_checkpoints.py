@@ -94,7 +94,7 @@ def test_load_packs_weights_ahead_on_a_cpu(plain):
     weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert weights and all(kept.is_kept(weight) for weight in weights)
     assert not any(kept.is_kept(parameter) for parameter in load(plain, "cpu")[0].parameters())
-    with pytest.raises(ValueError, match='prepack=True packs weights for a CPU, and device is "meta"'):
+    with pytest.raises(ValueError, match='prepack=True is for a CPU, and device is "meta": pass device="cpu"'):
         load(plain, "meta", prepack=True)
 
 

@@ -66,7 +66,7 @@ def test_many_rows_of_bfloat16_are_left_to_onednn(cpu, few, on):
     on(cpu)
     for rows in (16, 32, 256, 512):
         assert runs_on("linear", torch.bfloat16, rows=rows)[0] == ("cpu" if rows <= few else "onednn"), rows
-    assert runs_on("linear", torch.bfloat16)[1]["cpu"] == f"oneDNN is as fast in bfloat16 beyond {few} rows"
+    assert f"bfloat16 beyond {few} rows" in runs_on("linear", torch.bfloat16)[1]["cpu"]
     on(CPUS[cpu]._replace(instructions="avx2"))
     assert runs_on("linear", torch.bfloat16)[0] == "cpu", "held to less than the CPU has"
     on("baseline")

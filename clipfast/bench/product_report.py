@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clipfast.bench import markdown
 from clipfast.bench.harness import Row
+from clipfast.kernels import cpu_library
 
 # files of before blocks were measured lack some of them, and are passed over
 NEEDED = {"date", "cpu", "cpu_kind", "threads", "torch", "instructions", "dtype", "block", "rows", "contestant"}
@@ -46,10 +47,10 @@ def section(folder: Path, link: str) -> str:
     return "\n\n".join(parts)
 
 
-def _order(key: tuple[str, ...]) -> tuple[str, str, bool, str, bool]:
-    """By CPU; what its own form measured before what it was held to; float32 first."""
+def _order(key: tuple[str, ...]) -> tuple[str, str, int, bool]:
+    """By CPU; the newest instructions first; float32 first."""
     kind, threads, instructions, dtype = key
-    return kind, threads, instructions == "avx2", instructions, dtype != "float32"
+    return kind, threads, -cpu_library.INSTRUCTIONS.get(instructions, 0), dtype != "float32"
 
 
 def _table(rows: Sequence[Row], link: str) -> Iterator[str]:

@@ -52,8 +52,6 @@ RESERVE = 0.015
 START = 0.1
 # of the group's part of the time, what timing it may take: the rest is for checks and for slower groups
 SHARE = 0.12
-# how many times that it may take if the prediction was too low
-LATE = 2
 
 
 class Run:

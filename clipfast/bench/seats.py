@@ -180,7 +180,10 @@ class Worker:
         """End it, and whatever it has started."""
         self._why = self._why or "its process was ended"
         _running.discard(self)
-        self._signal("SIGKILL")
+        # what it has started outlives it, in its group
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):

@@ -101,7 +101,7 @@ def load(
     Returns:       (model in eval mode with gradients enabled, preprocess).
     Raises:        RuntimeError on a GPU that is not there, an unknown name or failed download; CheckpointError
                    (a RuntimeError) on a file that cannot be used; ValueError on a bad dtype, or an
-                   activation that is missing, unknown, or contradicts the checkpoint, or on prepack elsewhere.
+                   activation that is missing, unknown, or contradicts the checkpoint, or on prepack off a CPU.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +111,7 @@ def load(
         raise RuntimeError(f'there is no device "{place}": PyTorch {torch.__version__} sees {_gpus()}')
     dtype = _resolve_dtype(dtype, place)
     if prepack and place.type != "cpu":
-        raise ValueError(f'prepack=True packs weights for a CPU, and device is "{place}": leave one of them out')
+        raise ValueError(f'prepack=True is for a CPU, and device is "{place}": pass device="cpu", or leave prepack out')
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if jit:

@@ -1,7 +1,7 @@
 """Linear layers on a CPU in C++ (csrc/cpu_linear.cpp), and the operators made of them.
 
 oneDNN wants the weights in an order of its own and copies them in each call, which for one image or a few captions is
-most of the time, and on a CPU that is not Intel's MKL runs float32 at AVX2 speed. Here a few columns at a time are put
+most of the time; MKL runs float32 at AVX2 speed unless the CPU is Intel's. Here a few columns at a time are put
 in order, in the cache, while the next are read. Beside both on one machine: `python -m benchmarks.linear`.
 """
 
@@ -99,8 +99,8 @@ _linear = library.define(
 def pack(weight: Tensor, instructions: str) -> Tensor:
     """A weight [N, K], float32 or bfloat16, in the order in which `linear` reads it: bytes, uint8.
 
-    Only the form of these instructions can read it. It takes as much memory as the weight, and as N and K filled up to
-    multiples of 32 columns and 8 words, at most.
+    Only the form of these instructions can read it. It is as large as the weight, with N filled up to a multiple of a
+    panel (8 to 32 columns) and K to one of 8 words.
     Raises: as `linear`.
     """
     weight = weight.detach().contiguous()
