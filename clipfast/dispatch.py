@@ -417,18 +417,19 @@ def _decision(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], argu
     return decision
 
 
-def run_normed_linear(x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer of LayerNorm(x): one operator where the backend of the product has it so, else one and the other.
+def normed_linear(
+    x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor, bias: Tensor | None
+) -> Callable[[], Tensor] | None:
+    """A call of the linear layer of LayerNorm(x) as one operator; None where the product's backend has it not so.
 
     No operator of its own: `explain` shows the linear layer.   norm: weight, bias and eps.
     """
-    norm_weight, norm_bias, eps = norm
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        decision = _decision("linear", x, (x, norm_weight, norm_bias, weight, bias), (x, weight, bias, None, None))
-        if decision.backend == "cpu":
-            return cpu_linear.linear(x, weight, bias, None, None, norm=norm)
-    y = run("layer_norm", x, (x, norm_weight, norm_bias), x, norm_weight, norm_bias, eps, None)
-    return run("linear", y, (y, weight, bias), y, weight, bias, None, None)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    decision = _decision("linear", x, (x, *norm[:2], weight, bias), (x, weight, bias, None, None))
+    if decision.backend != "cpu":
+        return None
+    return functools.partial(cpu_linear.linear, x, weight, bias, None, None, norm=norm)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from clipfast.dispatch import run, run_normed_linear
+from clipfast import dispatch
+from clipfast.dispatch import run
 from clipfast.packing import Rows
 
 __all__ = [
@@ -112,7 +113,8 @@ def normed_linear(
     _expect("weight", weight, -1, x.shape[-1])
     _expect("bias", bias, weight.shape[0])
     _expect_one_device("x", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
-    return run_normed_linear(x, (norm_weight, norm_bias, eps), weight, bias)
+    call = dispatch.normed_linear(x, (norm_weight, norm_bias, eps), weight, bias)
+    return linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias) if call is None else call()
 
 
 def mlp(

@@ -65,10 +65,12 @@ def test_linear_checks_and_writes(tmp_path, capsys):
     assert linear.main(["--shapes", "300x512x64,7x64x32", "--rounds", "2", "--csv", str(path)]) == 0
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert {"F.linear", "clipfast.ops.linear"} <= {row["contestant"] for row in rows}
-    assert all(row["status"] == "ok" and row["rounds"] == "2" for row in rows)
+    assert "F.linear" in {row["contestant"] for row in rows}
+    assert cpu_library.missing() or "clipfast" in {row["contestant"] for row in rows}
+    # few rows are timed four times as often
+    assert all(row["status"] == "ok" and row["rounds"] == ("2" if row["rows"] == "300" else "8") for row in rows)
     assert all(0 < float(row["rel_rms"]) < 1e-2 for row in rows)
-    assert capsys.readouterr().out.count("300x512x64") == sum(row["rows"] == "300" for row in rows)
+    assert "512x64, 300 rows" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(cpu_library.missing() is not None, reason="libclipfast_cpu is not built")

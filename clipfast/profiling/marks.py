@@ -6,6 +6,7 @@ Outside of it nothing is wrapped, so that it costs nobody anything.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from clipfast import ops, roofline
+from clipfast import dispatch, ops, roofline
 from clipfast.model import ResidualAttentionBlock
 from clipfast.packing import Rows
 from clipfast.roofline import Work
@@ -45,14 +46,25 @@ class Marks:
 @contextlib.contextmanager
 def marked(model: nn.Module) -> Iterator[Marks]:
     """Inside, operators are ranges "clipfast::<operator> <number>" that know the block they are called in."""
-    marks, run = Marks(), ops.run
+    marks, run, normed_linear = Marks(), ops.run, dispatch.normed_linear
     layers = {id(block): name for name, block in _blocks(model)}
 
-    def marked_run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
+    def marked_call(operator: str, works: list[Work], call: Callable[[], Any]) -> Any:
         name = f"{PREFIX}{operator} {len(marks.calls)}"
-        marks.calls.append(Call(name, marks.number, operator, marks.layer, works_of_call(operator, *arguments)))
+        marks.calls.append(Call(name, marks.number, operator, marks.layer, works))
         with record_function(name):
-            return run(operator, x, tensors, *arguments)
+            return call()
+
+    def marked_run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
+        works = works_of_call(operator, *arguments)
+        return marked_call(operator, works, functools.partial(run, operator, x, tensors, *arguments))
+
+    def marked_normed_linear(x: Tensor, norm: Any, weight: Tensor, bias: Tensor | None) -> Callable[[], Any] | None:
+        call = normed_linear(x, norm, weight, bias)
+        if call is None:
+            return None
+        works = works_of_call("layer_norm", x, *norm, None) + works_of_call("linear", x, weight, bias, None, None)
+        return functools.partial(marked_call, "normed_linear", works, call)
 
     def in_layer(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(block: nn.Module, *arguments: Any) -> Tensor:
@@ -68,6 +80,7 @@ def marked(model: nn.Module) -> Iterator[Marks]:
     kind = ResidualAttentionBlock
     with (
         mock.patch.object(ops, "run", marked_run),
+        mock.patch.object(dispatch, "normed_linear", marked_normed_linear),
         mock.patch.object(kind, "packed", in_layer(kind.packed)),
         mock.patch.object(kind, "pooled", in_layer(kind.pooled)),
     ):
