@@ -22,7 +22,7 @@ constexpr int64_t BLOCK = 1024; // rows, at most, that are copied before they ar
 template <typename T, int R>
 __attribute__((noinline)) void tile(const uint32_t *x, const uint32_t *panel, int64_t steps, float *to, bool add,
                                     Ahead &ahead) {
-    typedef typename Stepped<T>::Type Type;
+    typedef Stepped<T> Type;
     Floats sums[R][ACROSS] = {};
     for (int64_t i = 0; i < steps; i += UNROLLED) {
         ahead.turn();
@@ -98,7 +98,7 @@ struct Product {
     // of panels: a multiple of the threads, so that each has as many, unless there are fewer panels
     static int64_t groups_of(const clipfast_cpu_linear_args &args) {
         const int64_t panels = panels_in(args.columns), most = GROUP / PANEL;
-        return least(panels, up((panels + most - 1) / most, args.threads));
+        return least(panels, up(units(panels, most), args.threads));
     }
 
     int64_t first(int64_t group) const { return panels_in(args.columns) * group / groups; }
@@ -143,7 +143,7 @@ struct Product {
     // the panels of one group times some rows of x
     // next: the group whose weight is asked for meanwhile, or -1.   memory: for a panel.   sums: [rows.count][GROUP]
     void multiply(int64_t group, int64_t next, const Rows &rows, uint32_t *memory, float *sums) const {
-        const int64_t begin = first(group), end = first(group + 1), tiles = (rows.count + TALL - 1) / TALL;
+        const int64_t begin = first(group), end = first(group + 1), tiles = units(rows.count, TALL);
         for (int64_t chain = 0; chain < chains.count; chain++) {
             const int64_t steps = chains.words_of(chain) * STEPS<T>, turns = tiles * steps / UNROLLED;
             const bool last = chain + 1 == chains.count;
@@ -202,8 +202,7 @@ struct Product {
 // into how many parts rows are cut: each fits into the second cache, and with `groups` of columns there are some four
 // tasks for each thread
 inline int64_t parts_of(int64_t rows, int64_t groups, int64_t threads) {
-    const int64_t large = (rows + PART - 1) / PART, small = (rows + 4 * TALL - 1) / (4 * TALL);
-    const int64_t wanted = (4 * threads + groups - 1) / groups;
+    const int64_t large = units(rows, PART), small = units(rows, 4 * TALL), wanted = units(4 * threads, groups);
     return large > wanted ? large : least(small, wanted);
 }
 
@@ -211,7 +210,7 @@ template <typename T>
 int linear(const clipfast_cpu_linear_args &args) {
     if (args.rows == 0 || args.columns == 0) return CLIPFAST_CPU_OK;
     const Product<T> product(args);
-    const int64_t blocks = (args.rows + BLOCK - 1) / BLOCK, most = (args.rows + blocks - 1) / blocks;
+    const int64_t blocks = units(args.rows, BLOCK), most = units(args.rows, blocks);
     const int64_t of_x = product.chains.count * most * CHAIN, of_row = up(product.chains.words, LINE / 4);
     const int64_t of_thread = PANEL * CHAIN + most * GROUP + of_row;
     uint32_t *const x = static_cast<uint32_t *>(aligned_alloc(LINE, up(4 * (of_x + args.threads * of_thread), LINE)));

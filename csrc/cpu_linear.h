@@ -2,6 +2,8 @@
 #ifndef CLIPFAST_CPU_LINEAR_H
 #define CLIPFAST_CPU_LINEAR_H
 
+#include <type_traits>
+
 #include "clipfast_cpu.h"
 #include "cpu_vectors.h"
 
@@ -50,15 +52,7 @@ inline void add_product(Floats &sum, const Terms<uint16_t> &a, const Terms<uint1
 
 // what one step of a product multiplies: T, or float32 for a bfloat16 that was widened before
 template <typename T>
-struct Stepped {
-    typedef T Type;
-};
-#if !defined(__AVX512BF16__)
-template <>
-struct Stepped<uint16_t> {
-    typedef float Type;
-};
-#endif
+using Stepped = std::conditional_t<WIDENS<T>, float, T>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // From sums to results

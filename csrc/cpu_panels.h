@@ -24,22 +24,18 @@ constexpr int64_t LINE = 64;    // bytes that come from memory together
 template <typename T>
 constexpr int64_t STEPS = WIDENS<T> ? 2 : 1;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // How the words of a row are cut into chains of nearly one length.
 template <typename T>
 struct Chains {
     int64_t bytes, words;  // of a row in memory
     int64_t length, count; // words of a chain, and how many there are; one without words if there are no terms
 
-    explicit Chains(int64_t terms) : bytes(terms * int64_t(sizeof(T))), words((bytes + 3) / 4) {
-        const int64_t most = CHAIN / STEPS<T>;
-        length = up(ratio(words, ratio(words, most)), UNROLLED);
-        count = words == 0 ? 1 : ratio(words, length);
+    explicit Chains(int64_t terms) : bytes(terms * int64_t(sizeof(T))), words(units(bytes, 4)), length(0), count(1) {
+        if (words == 0) return;
+        length = up(units(words, units(words, CHAIN / STEPS<T>)), UNROLLED);
+        count = units(words, length);
     }
 
-    static int64_t ratio(int64_t n, int64_t by) { return by == 0 ? 0 : (n + by - 1) / by; }
     int64_t bytes_of(int64_t chain) const { return least(bytes - 4 * chain * length, 4 * length); }
     int64_t words_of(int64_t chain) const { return up(least(words - chain * length, length), UNROLLED); }
     int64_t all_words() const { return up(words, UNROLLED); }
@@ -51,8 +47,8 @@ struct Ahead {
     int64_t stride, lines, left, of_row, each;
 
     Ahead(const void *from, int64_t rows, int64_t stride, int64_t bytes, int64_t turns)
-        : at(static_cast<const char *>(from)), stride(stride), lines((bytes + LINE - 1) / LINE), left(rows * lines),
-          of_row(lines), each(turns == 0 ? 0 : (left + turns - 1) / turns) {}
+        : at(static_cast<const char *>(from)), stride(stride), lines(units(bytes, LINE)), left(rows * lines),
+          of_row(lines), each(turns == 0 ? 0 : units(left, turns)) {}
 
     inline __attribute__((always_inline)) void turn() {
         for (int64_t i = 0; i < each && left > 0; i++, left--) {
@@ -96,17 +92,18 @@ inline __attribute__((always_inline)) void turn_square(const char *from, int64_t
 // in columns and terms that there are not
 template <bool WIDEN>
 void make_panel(const char *weight, int64_t stride, int64_t columns, int64_t bytes, int64_t words, uint32_t *to) {
+    constexpr int64_t APART = (WIDEN ? 2 : 1) * LANES; // of two words
     for (int64_t first = 0; first < PANEL; first += SQUARE) {
-        uint32_t *const place = to + first / LANES * LANES * words * (WIDEN ? 2 : 1) + first % LANES;
+        uint32_t *const place = to + first / LANES * words * APART + first % LANES;
         const int64_t n = least(columns - first, SQUARE), whole = n == SQUARE ? bytes / (4 * SQUARE) * SQUARE : 0;
         const char *const rows = weight + first * stride;
         for (int64_t word = 0; word < whole; word += SQUARE)
-            turn_square<WIDEN>(rows + 4 * word, stride, place + word * (WIDEN ? 2 : 1) * LANES);
+            turn_square<WIDEN>(rows + 4 * word, stride, place + word * APART);
         for (int64_t word = whole; word < words; word += SQUARE) {
             char some[SQUARE][4 * SQUARE] = {};
             const int64_t left = least(bytes - 4 * word, 4 * SQUARE);
             for (int64_t i = 0; i < n && left > 0; i++) memcpy(some[i], rows + i * stride + 4 * word, left);
-            turn_square<WIDEN>(some[0], 4 * SQUARE, place + word * (WIDEN ? 2 : 1) * LANES);
+            turn_square<WIDEN>(some[0], 4 * SQUARE, place + word * APART);
         }
     }
 }
@@ -151,8 +148,8 @@ void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
     if constexpr (WIDENS<T>) {
         int64_t i = 0;
         for (; 2 * i < bytes; i += LANES) {
-            const int64_t n = bytes / 2 - i < LANES ? bytes / 2 - i : LANES;
-            store(reinterpret_cast<float *>(to) + i, load_some(reinterpret_cast<const uint16_t *>(from) + i, n));
+            const uint16_t *const some = reinterpret_cast<const uint16_t *>(from) + i;
+            store(reinterpret_cast<float *>(to) + i, load_some(some, bytes / 2 - i));
         }
         for (; i < steps; i++) to[i] = 0;
     } else {
@@ -161,7 +158,7 @@ void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
     }
 }
 
-inline int64_t panels_in(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
+inline int64_t panels_in(int64_t columns) { return units(columns, PANEL); }
 
 // Asks for pages of 2 MiB where memory is new: a weight has thousands of small ones, more than a CPU's TLB holds.
 inline void use_large_pages(void *memory, int64_t bytes) {

@@ -31,7 +31,11 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+// how many of `unit` hold n, and what they hold
+inline int64_t units(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+inline int64_t up(int64_t n, int64_t unit) { return units(n, unit) * unit; }
+inline int64_t padded(int64_t n) { return up(n, LANES); }
 
 inline Floats load(const float *from) {
     Floats x;
