@@ -5,7 +5,6 @@
 // cache while the weight's next columns are on their way from memory. The same for one row as for a thousand: where rows
 // are few, reading the weight is the work, and goes on meanwhile. Nothing stays, unless the weight was packed before.
 #include <atomic>
-#include <cstdlib>
 #include <omp.h>
 
 #include "cpu_panels.h"
@@ -213,7 +212,8 @@ int linear(const clipfast_cpu_linear_args &args) {
     const int64_t blocks = units(args.rows, BLOCK), most = units(args.rows, blocks);
     const int64_t of_x = product.chains.count * most * CHAIN, of_row = up(product.chains.words, LINE / 4);
     const int64_t of_thread = PANEL * CHAIN + most * GROUP + of_row;
-    uint32_t *const x = static_cast<uint32_t *>(aligned_alloc(LINE, up(4 * (of_x + args.threads * of_thread), LINE)));
+    static thread_local Memory kept;
+    uint32_t *const x = static_cast<uint32_t *>(kept.reserve(4 * (of_x + args.threads * of_thread)));
     if (x == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
     std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(args.threads)
@@ -240,7 +240,6 @@ int linear(const clipfast_cpu_linear_args &args) {
             }
         }
     }
-    free(x);
     return CLIPFAST_CPU_OK;
 }
 

@@ -5,11 +5,8 @@
 #ifndef CLIPFAST_CPU_PANELS_H
 #define CLIPFAST_CPU_PANELS_H
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu_linear.h"
+#include "cpu_memory.h"
 
 namespace {
 
@@ -159,16 +156,6 @@ void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
 }
 
 inline int64_t panels_in(int64_t columns) { return units(columns, PANEL); }
-
-// Asks for pages of 2 MiB where memory is new: a weight has thousands of small ones, more than a CPU's TLB holds.
-inline void use_large_pages(void *memory, int64_t bytes) {
-#if defined(__linux__)
-    const uintptr_t start = reinterpret_cast<uintptr_t>(memory), first = up(start, 4096), end = start + bytes;
-    if (first < end) madvise(reinterpret_cast<void *>(first), (end - first) / 4096 * 4096, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
-}
 
 // args.bytes; and args.packed, if it is not null: [panels][chains][ACROSS][words][LANES], filled up with zeros
 template <typename T>
