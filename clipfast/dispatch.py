@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from clipfast import compat, reference, tuning
+from clipfast.blocks import BlockWeights
 from clipfast.kernels import (
     cpu_attention,
+    cpu_block,
     cpu_library,
     cpu_linear,
     eager,
@@ -406,30 +408,29 @@ def run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments
         if operator in LOSSES:
             return contrastive_loss("torch", *arguments)
         return getattr(eager, operator)(*arguments)
-    return _decision(operator, x, tensors, arguments).run(*arguments)
+    return _decided(operator, _call(operator, x, tensors, arguments)).run(*arguments)
 
 
-def _decision(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], arguments: tuple[Any, ...]) -> Decision:
-    key = (operator, _forced.get(), _call(operator, x, tensors, arguments))
+def _decided(operator: str, call: Call) -> Decision:
+    key = (operator, _forced.get(), call)
     decision = _decisions.get(key)
     if decision is None:
         decision = _decisions[key] = decide(*key)
     return decision
 
 
-def normed_linear(
-    x: Tensor, norm: tuple[Tensor, Tensor, float], weight: Tensor, bias: Tensor | None
-) -> Callable[[], Tensor] | None:
-    """A call of the linear layer of LayerNorm(x) as one operator; None where the product's backend has it not so.
+def whole_block(x: Tensor, weights: BlockWeights) -> Callable[..., Tensor] | None:
+    """What computes a residual attention block in one call, or None where each of its operators is on its own.
 
-    No operator of its own: `explain` shows the linear layer.   norm: weight, bias and eps.
+    No operator of its own: `explain` shows those it is made of, which must all run on libclipfast_cpu.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    decision = _decision("linear", x, (x, *norm[:2], weight, bias), (x, weight, bias, None, None))
-    if decision.backend != "cpu":
-        return None
-    return functools.partial(cpu_linear.linear, x, weight, bias, None, None, norm=norm)
+    call = _call("linear", x, (x, *weights), (x, weights.qkv_weight, None, None, None))
+    one = _one_dtype(x, weights.qkv_weight, weights.out_weight, weights.fc1_weight, weights.fc2_weight)
+    call = call._replace(shape=(one,))
+    parts = ("linear", "attention", "mlp")
+    return cpu_block.block if all(_decided(part, call).backend == "cpu" for part in parts) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from torch.nn.modules.sparse import Embedding
 from torch.utils.checkpoint import checkpoint
 
 from clipfast import dispatch, graphs, ops, tuning
+from clipfast.blocks import BlockWeights
 from clipfast.inputs import (
     check_images,
     check_places,
@@ -173,12 +174,37 @@ class ResidualAttentionBlock(nn.Module):
 
     def packed(self, x: Tensor, rows: Rows, causal: bool) -> Tensor:
         """The block on packed rows [T, W]."""
-        attn = self.attn
-        norm = self.ln_1
-        qkv = ops.normed_linear(x, norm.weight, norm.bias, attn.in_proj_weight, attn.in_proj_bias, norm.eps)
-        heads = qkv.view(len(qkv), 3, attn.num_heads, attn.embed_dim // attn.num_heads)
-        out = ops.attention(heads, rows, causal=causal)
-        return self._after_attention(out, x)
+        eps = (self.ln_1.eps, self.ln_2.eps)
+        return ops.block(
+            x, rows, self.weights(), heads=self.attn.num_heads, causal=causal, activation=self._activation(), eps=eps
+        )
+
+    def weights(self) -> BlockWeights:
+        attn, out, norm_1, norm_2, fc1, fc2 = (
+            self.attn,
+            self.attn.out_proj,
+            self.ln_1,
+            self.ln_2,
+            self.mlp.c_fc,
+            self.mlp.c_proj,
+        )
+        return BlockWeights(
+            norm_1.weight,
+            norm_1.bias,
+            attn.in_proj_weight,
+            attn.in_proj_bias,
+            out.weight,
+            out.bias,
+            norm_2.weight,
+            norm_2.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+        )
+
+    def _activation(self) -> str:
+        return "quick_gelu" if type(self.mlp.gelu) is _MADE.quick_gelu else "gelu"
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor) -> Tensor:
         """The block's result for the rows index [B] alone, each the last its attention may see (or bidirectional)."""
@@ -189,23 +215,9 @@ class ResidualAttentionBlock(nn.Module):
         out = ops.attention_pool(
             y[index], y, rows, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, heads=attn.num_heads
         )
-        return self._after_attention(out, x[index])
-
-    def _after_attention(self, out: Tensor, x: Tensor) -> Tensor:
-        fc1, fc2, norm = self.mlp.c_fc, self.mlp.c_proj, self.ln_2
-        x = ops.linear(out, self.attn.out_proj.weight, self.attn.out_proj.bias, residual=x)
-        activation = "quick_gelu" if type(self.mlp.gelu) is _MADE.quick_gelu else "gelu"
-        return ops.mlp(
-            x,
-            norm.weight,
-            norm.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            activation=activation,
-            eps=norm.eps,
-        )
+        x = ops.linear(out, attn.out_proj.weight, attn.out_proj.bias, residual=x[index])
+        of_mlp = self.weights()[6:]
+        return ops.mlp(x, *of_mlp, activation=self._activation(), eps=self.ln_2.eps)
 
 
 class Transformer(nn.Module):

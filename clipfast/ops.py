@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from clipfast import dispatch
+from clipfast.blocks import BlockWeights
 from clipfast.dispatch import run
 from clipfast.packing import Rows
 
 __all__ = [
     "attention",
     "attention_pool",
+    "block",
     "layer_norm",
     "linear",
     "logits",
     "mlp",
-    "normed_linear",
     "patch_embed",
     "project",
 ]
@@ -99,24 +100,6 @@ def linear(
     return run("linear", x, (x, weight, bias, residual), x, weight, bias, activation, residual)
 
 
-def normed_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    """LayerNorm(x) @ weight.T + bias, in one pass over x where a backend can.
-
-    x: [..., K].   norm_weight, norm_bias: [K].   weight: [N, K].   bias: [N] or None.
-    Returns: [..., N], dtype of x.
-    Raises: ValueError if the shapes disagree, RuntimeError if the devices differ.
-    """
-    _expect("norm_weight", norm_weight, x.shape[-1])
-    _expect("norm_bias", norm_bias, x.shape[-1])
-    _expect("weight", weight, -1, x.shape[-1])
-    _expect("bias", bias, weight.shape[0])
-    _expect_one_device("x", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
-    call = dispatch.normed_linear(x, (norm_weight, norm_bias, eps), weight, bias)
-    return linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias) if call is None else call()
-
-
 def mlp(
     x: Tensor,
     norm_weight: Tensor,
@@ -165,6 +148,53 @@ def attention(
     _expect("qkv", qkv, -1, 3, -1, -1)
     _expect_rows("qkv", qkv, rows)
     return run("attention", qkv, (qkv,), qkv, rows, causal, scale)
+
+
+def block(
+    x: Tensor,
+    offsets: Rows | Tensor | Sequence[int],
+    weights: BlockWeights,
+    *,
+    heads: int,
+    causal: bool,
+    activation: str = "quick_gelu",
+    eps: tuple[float, float] = (1e-5, 1e-5),
+) -> Tensor:
+    """A residual attention block: y = x + out(attention(qkv(LayerNorm(x)))), then `mlp` of y.
+
+    One operator where a backend has it so, else those it is made of, each where it runs best.
+    x:       [T, W] floating.
+    offsets: Rows, or [B + 1] integers: first row of each sequence, the last entry T.
+    weights: of width W; the matrices of x's dtype.
+    heads:   W is a multiple.   causal: a row attends to itself and to those before it.
+    activation: "quick_gelu" or "gelu".   eps: of both LayerNorms.
+    Returns: [T, W], dtype of x.
+    Raises:  ValueError if the shapes disagree or the activation is unknown, RuntimeError if the devices differ.
+    Source:  Radford et al. 2019, GPT-2.
+    """
+    rows = Rows.of(offsets)
+    _expect("x", x, -1, -1)
+    _expect_rows("x", x, rows)
+    width, hidden = x.shape[1], weights.fc1_weight.shape[0]
+    sizes = {"norm_1_weight": (width,), "norm_1_bias": (width,), "qkv_weight": (3 * width, width)}
+    sizes |= {"qkv_bias": (3 * width,), "out_weight": (width, width), "out_bias": (width,), "norm_2_weight": (width,)}
+    sizes |= {"norm_2_bias": (width,), "fc1_weight": (hidden, width), "fc1_bias": (hidden,)}
+    sizes |= {"fc2_weight": (width, hidden), "fc2_bias": (width,)}
+    for name, tensor in zip(BlockWeights._fields, weights, strict=True):
+        _expect(name, tensor, *sizes[name])
+        if tensor is not None and tensor.device != x.device:
+            _expect_one_device("x", x, **{name: tensor})
+    if width % heads:
+        raise ValueError(f"x is {width} wide, which does not divide into {heads} heads")
+    _expect_activation(activation, ACTIVATIONS)
+    whole = dispatch.whole_block(x, weights)
+    if whole is not None:
+        return whole(x, rows, weights, heads, causal, activation, eps)
+    norm_1_weight, norm_1_bias, qkv_weight, qkv_bias, out_weight, out_bias, *of_mlp = weights
+    qkv = linear(layer_norm(x, norm_1_weight, norm_1_bias, eps[0]), qkv_weight, qkv_bias)
+    attended = attention(qkv.view(len(qkv), 3, heads, width // heads), rows, causal=causal)
+    x = linear(attended, out_weight, out_bias, residual=x)
+    return mlp(x, *of_mlp, activation=activation, eps=eps[1])
 
 
 def attention_pool(

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 4
+#define CLIPFAST_CPU_ABI_VERSION 5
 /* bytes that clipfast_cpu_read reads at a time */
 #define CLIPFAST_CPU_READ_BLOCK 1024
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
@@ -102,6 +102,44 @@ typedef struct clipfast_cpu_pack_args {
     int32_t instructions; /* clipfast_cpu_instructions */
 } clipfast_cpu_pack_args;
 
+/* A residual attention block: y = x + out_proj(attention(qkv(norm_1(x)))), out = y + fc2(activation(fc1(norm_2(y)))). What is
+ * computed in between is rounded to dtype, as the operators one by one would return it.
+ */
+typedef struct clipfast_cpu_block_args {
+    int64_t struct_size;       /* sizeof(clipfast_cpu_block_args) */
+    const void *x;             /* [T, width] of dtype, contiguous like all of these */
+    void *out;                 /* [T, width]; not x */
+    const int32_t *offsets;    /* [sequences + 1]: as clipfast_cpu_attention_args has them */
+    const void *norm_1_weight; /* [width] float32, as all of the LayerNorms' */
+    const void *norm_1_bias;
+    const void *qkv_weight; /* [3 width, width], or as its layout says */
+    const void *qkv_bias;   /* or null for none, as all of the linear layers' */
+    const void *out_weight; /* [width, width] */
+    const void *out_bias;
+    const void *norm_2_weight;
+    const void *norm_2_bias;
+    const void *fc1_weight; /* [hidden, width] */
+    const void *fc1_bias;
+    const void *fc2_weight; /* [width, hidden] */
+    const void *fc2_bias;
+    int64_t sequences; /* may be 0: nothing is read or written */
+    int64_t width;
+    int64_t hidden;
+    int32_t qkv_layout; /* clipfast_cpu_layout, as the next three */
+    int32_t out_layout;
+    int32_t fc1_layout;
+    int32_t fc2_layout;
+    int32_t heads;
+    int32_t dtype; /* clipfast_cpu_dtype */
+    int32_t causal;
+    int32_t activation;   /* clipfast_cpu_activation */
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+    float scale;          /* of attention's scores */
+    float norm_1_eps;
+    float norm_2_eps;
+} clipfast_cpu_block_args;
+
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in
  * these instructions. A form without instructions for bfloat16 multiplies float32 for it.
  */
@@ -138,6 +176,9 @@ CLIPFAST_CPU_API int clipfast_cpu_attention(const clipfast_cpu_attention_args *a
 
 /* A linear layer; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_linear(const clipfast_cpu_linear_args *args);
+
+/* A residual attention block; returns when it is done. */
+CLIPFAST_CPU_API int clipfast_cpu_block(const clipfast_cpu_block_args *args);
 
 /* Packs a weight; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_pack(const clipfast_cpu_pack_args *args);

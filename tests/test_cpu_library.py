@@ -116,7 +116,15 @@ def test_other_versions_and_broken_files(cpu_library_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "struct", [library.AttentionArgs, library.LinearArgs, library.PackArgs, library.PeakArgs, library.ReadArgs]
+    "struct",
+    [
+        library.AttentionArgs,
+        library.BlockArgs,
+        library.LinearArgs,
+        library.PackArgs,
+        library.PeakArgs,
+        library.ReadArgs,
+    ],
 )
 def test_header_and_python_agree(struct):
     csrc.assert_header_agrees(HEADER, library.LIBRARY, struct)
@@ -138,6 +146,12 @@ def attention_args(**changes) -> library.AttentionArgs:
     return library.AttentionArgs(**(values | changes))
 
 
+def block_args(**changes) -> library.BlockArgs:
+    """Correct arguments for no sequences at all, but for the changes."""
+    sizes = {"width": 64, "hidden": 8, "heads": 1, "threads": 1}
+    return library.BlockArgs(**({"struct_size": ctypes.sizeof(library.BlockArgs)} | sizes | changes))
+
+
 def linear_args(**changes) -> library.LinearArgs:
     """Correct arguments for no rows, but for the changes."""
     values = {"struct_size": ctypes.sizeof(library.LinearArgs), "columns": 4, "terms": 8, "threads": 1}
@@ -156,6 +170,9 @@ REFUSED = [
     *(("attention", changes) for changes in ({"struct_size": 8}, {"heads": 0}, {"width": 0}, {"threads": 0})),
     *(("attention", changes) for changes in ({"dtype": 7}, {"dtype": -1}, {**ONE_SEQUENCE, "sequences": -1})),
     *(("attention", {**ONE_SEQUENCE, name: None}) for name in ("qkv", "out", "offsets")),
+    *(("block", changes) for changes in ({"struct_size": 8}, {"dtype": 7}, {"heads": 3}, {"sequences": -1})),
+    *(("block", {name: 0}) for name in ("width", "hidden", "heads", "threads")),
+    *(("block", {"sequences": 1, "x": SOMEWHERE, "out": SOMEWHERE, name: None}) for name in ("x", "out", "offsets")),
     *(("linear", changes) for changes in ({"struct_size": 8}, {"threads": 0}, {"dtype": 7})),
     *(("linear", {name: -1}) for name in ("rows", "columns", "terms", "activation")),
     ("linear", {"activation": 3}),
@@ -177,7 +194,8 @@ REFUSED = [
     ),
 )
 def test_refusals_have_a_text(cpu_library, operator, changes):
-    arguments = {"attention": attention_args, "linear": linear_args, "pack": pack_args}[operator](**changes)
+    makers = {"attention": attention_args, "block": block_args, "linear": linear_args, "pack": pack_args}
+    arguments = makers[operator](**changes)
     code = getattr(cpu_library, f"clipfast_cpu_{operator}")(arguments)
     assert code == -1
     with pytest.raises(RuntimeError, match="libclipfast_cpu: a null pointer, a size out of range"):

@@ -131,26 +131,6 @@ def test_the_gradient_of_one_argument_of_a_layer_norm(wanted):
     assert_accurate(*gradients)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_linear_layer_of_normalised_rows(backend, dtype):
-    """As one operator and as two, and with gradients."""
-    skip_unless_it_runs(backend, "linear", dtype)
-    x, affine, (weight, bias) = torch.randn(2, 7, 96), norm(96), weights(40, 96)
-    x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
-    with torch.no_grad(), clipfast.backend(backend):
-        got = ops.normed_linear(x, *affine, weight, bias)
-    with torch.no_grad(), clipfast.backend("torch"):
-        peer = ops.linear(ops.layer_norm(x, *affine), weight, bias)
-    wide = [tensor.double() for tensor in (x, *affine, weight, bias)]
-    assert_accurate(got, peer, F.linear(F.layer_norm(wide[0], (96,), wide[1], wide[2]), *wide[3:]))
-    wanted = [tensor.clone().requires_grad_() for tensor in (x, *affine)]
-    ops.normed_linear(*wanted, weight, bias).sum().backward()
-    assert all(tensor.grad.isfinite().all() and tensor.grad.any() for tensor in wanted)
-    with pytest.raises(ValueError, match=r"norm_bias must be \[96\], got \[95\]"):
-        ops.normed_linear(x, affine[0], affine[1][1:], weight)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("operator", ["linear", "attention_pool"])
 def test_fewer_rows_round_no_more_than_four(operator, rows):

@@ -12,6 +12,7 @@ from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, 
 import torch
 from torch import Tensor
 
+from clipfast.blocks import BlockWeights
 from clipfast.kernels.shared_library import SharedLibrary
 
 # clipfast_cpu_dtype
@@ -50,6 +51,19 @@ class LinearArgs(Structure):
     ]
 
 
+class BlockArgs(Structure):
+    """clipfast_cpu_block_args"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        *((name, c_void_p) for name in ("x", "out", "offsets", *BlockWeights._fields)),
+        *((name, c_int64) for name in ("sequences", "width", "hidden")),
+        *((f"{name}_layout", c_int32) for name in ("qkv", "out", "fc1", "fc2")),
+        *((name, c_int32) for name in ("heads", "dtype", "causal", "activation", "threads", "instructions")),
+        *((name, c_float) for name in ("scale", "norm_1_eps", "norm_2_eps")),
+    ]
+
+
 class PackArgs(Structure):
     """clipfast_cpu_pack_args"""
 
@@ -85,10 +99,11 @@ class ReadArgs(Structure):
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
-    4,  # CLIPFAST_CPU_ABI_VERSION
+    5,  # CLIPFAST_CPU_ABI_VERSION
     {
         "clipfast_cpu_best": (c_int, ()),
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),
+        "clipfast_cpu_block": (c_int, (POINTER(BlockArgs),)),
         "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
         "clipfast_cpu_pack": (c_int, (POINTER(PackArgs),)),
         "clipfast_cpu_peak": (c_int, (POINTER(PeakArgs),)),

@@ -22,7 +22,7 @@ from clipfast.packing import Rows
 SIZE = ctypes.sizeof(LinearArgs)
 
 
-def _laid_out(weight: Tensor) -> tuple[Tensor, str]:
+def laid_out(weight: Tensor) -> tuple[Tensor, str]:
     """The weight as it can be read, and its name in LAYOUTS; a copy if it is strided any other way."""
     if not weight.is_contiguous() and weight.t().is_contiguous():
         return weight.t(), "transposed"
@@ -44,7 +44,7 @@ def _linear_fwd(
     if not (x.dtype == weight.dtype == (x if residual is None else residual).dtype):
         raise TypeError(f"x is {x.dtype}, weight {weight.dtype}: they and the residual must have one dtype")
     columns, terms = weight.shape
-    x, (read, layout) = x.contiguous(), _laid_out(weight) if packed is None else (packed, "packed")
+    x, (read, layout) = x.contiguous(), laid_out(weight) if packed is None else (packed, "packed")
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     residual = None if residual is None else residual.contiguous()
     if norm_weight is not None:

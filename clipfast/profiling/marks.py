@@ -45,8 +45,11 @@ class Marks:
 
 @contextlib.contextmanager
 def marked(model: nn.Module) -> Iterator[Marks]:
-    """Inside, operators are ranges "clipfast::<operator> <number>" that know the block they are called in."""
-    marks, run, normed_linear = Marks(), ops.run, dispatch.normed_linear
+    """Inside, operators are ranges "clipfast::<operator> <number>" that know the block they are called in.
+
+    A block that a CPU computes in one call is its operators one by one here, or none of them would be seen.
+    """
+    marks, run = Marks(), ops.run
     layers = {id(block): name for name, block in _blocks(model)}
 
     def marked_call(operator: str, works: list[Work], call: Callable[[], Any]) -> Any:
@@ -58,13 +61,6 @@ def marked(model: nn.Module) -> Iterator[Marks]:
     def marked_run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
         works = works_of_call(operator, *arguments)
         return marked_call(operator, works, functools.partial(run, operator, x, tensors, *arguments))
-
-    def marked_normed_linear(x: Tensor, norm: Any, weight: Tensor, bias: Tensor | None) -> Callable[[], Any] | None:
-        call = normed_linear(x, norm, weight, bias)
-        if call is None:
-            return None
-        works = works_of_call("layer_norm", x, *norm, None) + works_of_call("linear", x, weight, bias, None, None)
-        return functools.partial(marked_call, "normed_linear", works, call)
 
     def in_layer(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(block: nn.Module, *arguments: Any) -> Tensor:
@@ -80,7 +76,7 @@ def marked(model: nn.Module) -> Iterator[Marks]:
     kind = ResidualAttentionBlock
     with (
         mock.patch.object(ops, "run", marked_run),
-        mock.patch.object(dispatch, "normed_linear", marked_normed_linear),
+        mock.patch.object(dispatch, "whole_block", lambda x, weights: None),
         mock.patch.object(kind, "packed", in_layer(kind.packed)),
         mock.patch.object(kind, "pooled", in_layer(kind.pooled)),
     ):

@@ -1,0 +1,26 @@
+"""What a residual attention block is made of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["BlockWeights"]
+
+
+class BlockWeights(NamedTuple):
+    """The tensors of a residual attention block of width W, in the order in which it uses them."""
+
+    norm_1_weight: Tensor  # [W]
+    norm_1_bias: Tensor  # [W]
+    qkv_weight: Tensor  # [3 W, W]: queries, keys, values
+    qkv_bias: Tensor | None  # [3 W]
+    out_weight: Tensor  # [W, W]
+    out_bias: Tensor | None  # [W]
+    norm_2_weight: Tensor  # [W]
+    norm_2_bias: Tensor  # [W]
+    fc1_weight: Tensor  # [F, W]
+    fc1_bias: Tensor  # [F]
+    fc2_weight: Tensor  # [W, F]
+    fc2_bias: Tensor  # [W]

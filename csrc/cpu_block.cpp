@@ -1,0 +1,146 @@
+// A residual attention block on a CPU in one call: its operators one after the other, some sequences at a time.
+//
+// One call costs what one operator's does, and the next two are a tenth of an image's time. What is computed in between
+// stays in memory of a bounded size, whatever the batch, and is still in the cache where it is read.
+#include <initializer_list>
+
+#include "clipfast_cpu.h"
+#include "cpu_memory.h"
+#include "cpu_vectors.h"
+
+namespace {
+
+// rows that pass together, unless one sequence has more: as many as `clipfast_cpu_linear` copies at a time
+constexpr int64_t TOGETHER = 1024;
+
+// Where in memory everything of some sequences is. The hidden rows lie where the joint projection was.
+struct Between {
+    int64_t rows;
+    int64_t attended; // bytes from the start to the result of attention
+    int64_t offsets;
+    int64_t bytes;
+
+    Between(const clipfast_cpu_block_args &args, int64_t rows, int64_t sequences) : rows(rows) {
+        const int64_t itemsize = args.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4;
+        const int64_t widest = 3 * args.width > args.hidden ? 3 * args.width : args.hidden;
+        attended = up(rows * widest * itemsize, 64);
+        offsets = attended + up(rows * args.width * itemsize, 64);
+        bytes = offsets + 4 * (sequences + 1);
+    }
+};
+
+// of `rows` rows, with neither bias nor LayerNorm
+clipfast_cpu_linear_args linear(const clipfast_cpu_block_args &args, int64_t rows, const void *weight, int32_t layout) {
+    clipfast_cpu_linear_args call = {};
+    call.struct_size = sizeof call;
+    call.weight = weight;
+    call.layout = layout;
+    call.rows = rows;
+    call.dtype = args.dtype;
+    call.threads = args.threads;
+    call.instructions = args.instructions;
+    return call;
+}
+
+// sequences that begin at row `first`, x and out at their first row
+int some(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t sequences, const void *x, void *out,
+         char *memory) {
+    const int64_t rows = offsets[sequences] - offsets[0], width = args.width;
+    const Between at(args, rows, sequences);
+    void *const qkv = memory, *const hidden = memory, *const attended = memory + at.attended;
+    int32_t *const own = reinterpret_cast<int32_t *>(memory + at.offsets);
+    for (int64_t i = 0; i <= sequences; i++) own[i] = offsets[i] - offsets[0];
+
+    auto to_qkv = linear(args, rows, args.qkv_weight, args.qkv_layout);
+    to_qkv.x = x;
+    to_qkv.norm_weight = args.norm_1_weight;
+    to_qkv.norm_bias = args.norm_1_bias;
+    to_qkv.eps = args.norm_1_eps;
+    to_qkv.bias = args.qkv_bias;
+    to_qkv.out = qkv;
+    to_qkv.terms = width;
+    to_qkv.columns = 3 * width;
+
+    clipfast_cpu_attention_args attend = {};
+    attend.struct_size = sizeof attend;
+    attend.qkv = qkv;
+    attend.out = attended;
+    attend.offsets = own;
+    attend.sequences = sequences;
+    attend.heads = args.heads;
+    attend.width = int32_t(width / args.heads);
+    attend.dtype = args.dtype;
+    attend.causal = args.causal;
+    attend.threads = args.threads;
+    attend.instructions = args.instructions;
+    attend.scale = args.scale;
+
+    auto to_out = linear(args, rows, args.out_weight, args.out_layout);
+    to_out.x = attended;
+    to_out.bias = args.out_bias;
+    to_out.residual = x;
+    to_out.out = out;
+    to_out.terms = to_out.columns = width;
+
+    auto to_hidden = linear(args, rows, args.fc1_weight, args.fc1_layout);
+    to_hidden.x = out;
+    to_hidden.norm_weight = args.norm_2_weight;
+    to_hidden.norm_bias = args.norm_2_bias;
+    to_hidden.eps = args.norm_2_eps;
+    to_hidden.bias = args.fc1_bias;
+    to_hidden.activation = args.activation;
+    to_hidden.out = hidden;
+    to_hidden.terms = width;
+    to_hidden.columns = args.hidden;
+
+    auto from_hidden = linear(args, rows, args.fc2_weight, args.fc2_layout);
+    from_hidden.x = hidden;
+    from_hidden.bias = args.fc2_bias;
+    // in place: each number of the residual is read by who writes the result over it, just before
+    from_hidden.residual = from_hidden.out = out;
+    from_hidden.terms = args.hidden;
+    from_hidden.columns = width;
+
+    int code = clipfast_cpu_linear(&to_qkv);
+    if (code == CLIPFAST_CPU_OK) code = clipfast_cpu_attention(&attend);
+    for (const auto *call : {&to_out, &to_hidden, &from_hidden})
+        if (code == CLIPFAST_CPU_OK) code = clipfast_cpu_linear(call);
+    return code;
+}
+
+// How many sequences from `first` on pass together: about as many rows each time, so that the last are no remainder.
+int64_t together(const clipfast_cpu_block_args &args, int64_t first) {
+    const int32_t *const offsets = args.offsets;
+    const int64_t start = offsets[first], total = offsets[args.sequences] - offsets[0];
+    const int64_t goal = units(total, units(total, TOGETHER)); // of rows
+    int64_t end = first + 1;
+    while (end < args.sequences && offsets[end + 1] - start <= TOGETHER &&
+           offsets[end] + offsets[end + 1] - 2 * start <= 2 * goal)
+        end++;
+    return end - first;
+}
+
+} // namespace
+
+int clipfast_cpu_block(const clipfast_cpu_block_args *args) {
+    if (args == nullptr || args->struct_size != sizeof *args || args->sequences < 0 || args->width <= 0 ||
+        args->hidden <= 0 || args->heads <= 0 || args->width % args->heads != 0 || args->threads <= 0 ||
+        (args->dtype != CLIPFAST_CPU_FLOAT32 && args->dtype != CLIPFAST_CPU_BFLOAT16) ||
+        (args->sequences > 0 && (args->x == nullptr || args->out == nullptr || args->offsets == nullptr)))
+        return CLIPFAST_CPU_ERROR_ARGUMENT;
+    const int64_t row = args->width * (args->dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4);
+    static thread_local Memory kept;
+    int64_t n = 0;
+    for (int64_t first = 0; first < args->sequences; first += n) {
+        const int32_t *const offsets = args->offsets + first;
+        n = together(*args, first);
+        const Between at(*args, offsets[n] - offsets[0], n);
+        if (at.rows == 0) continue;
+        char *const memory = static_cast<char *>(kept.reserve(at.bytes));
+        if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
+        const int code = some(*args, offsets, n, static_cast<const char *>(args->x) + offsets[0] * row,
+                              static_cast<char *>(args->out) + offsets[0] * row, memory);
+        if (code != CLIPFAST_CPU_OK) return code;
+    }
+    return CLIPFAST_CPU_OK;
+}

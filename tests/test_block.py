@@ -1,0 +1,225 @@
+"""A residual attention block as one operator: on a CPU one call of libclipfast_cpu, elsewhere what it is made of."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import clipfast
+from clipfast import dispatch, ops, reference
+from clipfast.blocks import BlockWeights
+from clipfast.kernels import cpu_attention, cpu_block, cpu_linear, kept
+from clipfast.packing import Rows
+
+from . import csrc
+from .accuracy import assert_accurate
+from .op_cases import PEERS, norm, offsets_of, weights
+
+DTYPES = [torch.float32, torch.bfloat16]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+
+
+def make_weights(width: int, hidden: int, dtype: torch.dtype = torch.float32) -> BlockWeights:
+    """LayerNorms in float32, as CLIP has them."""
+    attention = (*weights(3 * width, width), *weights(width, width))
+    mlp = (*weights(hidden, width), *weights(width, hidden))
+    matrices = [tensor.to(dtype) for tensor in (*attention, *mlp)]
+    return BlockWeights(*norm(width), *matrices[:4], *norm(width), *matrices[4:])
+
+
+def one_by_one(functions, x: Tensor, lengths, weights: BlockWeights, heads: int, causal: bool, activation: str):
+    """The block written with somebody's layer_norm, linear, attention and mlp."""
+    layer_norm, linear, attention, mlp = functions
+    qkv = linear(layer_norm(x, *weights[:2], 1e-5), *weights[2:4]).view(len(x), 3, heads, -1)
+    attended = attention(qkv, offsets_of(*lengths), causal=causal)
+    x = linear(attended, *weights[4:6], residual=x)
+    return mlp(x, *weights[6:], activation=activation, eps=1e-5)
+
+
+PEER = [PEERS[name] for name in ("layer_norm", "linear", "attention", "mlp")]
+EXACT = [getattr(reference, name) for name in ("layer_norm", "linear", "attention", "mlp")]
+
+
+def exact(x: Tensor, lengths, weights: BlockWeights, *options) -> Tensor:
+    return one_by_one(EXACT, x.double(), lengths, [tensor.double() for tensor in weights], *options)
+
+
+def by_kernels(x: Tensor, lengths, weights: BlockWeights, heads: int, causal: bool, activation: str, form: str):
+    """The same kernels of the library, called one after the other."""
+    norm_1, qkv, out, norm_2, fc1, fc2 = (weights[i : i + 2] for i in range(0, 12, 2))
+    y = cpu_linear.linear(x, *qkv, None, None, form, (*norm_1, 1e-5))
+    y = y.view(len(x), 3, heads, x.shape[1] // heads)
+    y = cpu_linear.linear(cpu_attention.attention(y, Rows(tuple(lengths)), causal, None, form), *out, None, x, form)
+    hidden = cpu_linear.linear(y, *fc1, activation, None, form, (*norm_2, 1e-5))
+    return cpu_linear.linear(hidden, *fc2, None, y, form)
+
+
+def run(x, lengths, weights, heads, causal, activation="quick_gelu", form="best"):
+    return cpu_block.block(x, Rows(tuple(lengths)), weights, heads, causal, activation, (1e-5, 1e-5), form)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    ("lengths", "width", "heads", "causal", "activation"),
+    [
+        ([50], 768, 12, False, "quick_gelu"),
+        ([9, 24, 8, 13, 17], 512, 8, True, "quick_gelu"),
+        ([5, 0, 31], 93, 3, False, "gelu"),
+        ([1] * 8, 64, 2, True, "gelu"),
+    ],
+)
+@by_dtype
+def test_accuracy(cpu_library, backend, lengths, width, heads, causal, activation, dtype):
+    x, block = torch.randn(sum(lengths), width).to(dtype), make_weights(width, 4 * width, dtype)
+    options = (heads, causal, activation)
+    with torch.no_grad(), clipfast.backend(backend):
+        got = ops.block(x, offsets_of(*lengths), block, heads=heads, causal=causal, activation=activation)
+        assert (dispatch.whole_block(x, block) is cpu_block.block) == (backend == "cpu")
+    peer = one_by_one(PEER, x, lengths, block, *options)
+    assert_accurate(got, peer, exact(x, lengths, block, *options))
+
+
+@by_dtype
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "lengths",
+    [[50], [7, 1, 30], [300] * 7, [1100, 3], [3, 1100], [0, 5, 0], [77] * 14, [20] * 51 + [5]],
+    ids=lambda lengths: f"{len(lengths)} of {max(lengths)}",
+)
+def test_one_call_is_its_kernels_one_by_one(form, lengths, causal, dtype):
+    """To the bit: few rows, more than pass together, and a sequence that alone is more."""
+    x, block = torch.randn(sum(lengths), 64).to(dtype), make_weights(64, 160, dtype)
+    before = x.clone()
+    got = run(x, lengths, block, 2, causal, "gelu", form)
+    assert torch.equal(got, by_kernels(x, lengths, block, 2, causal, "gelu", form))
+    assert torch.equal(x, before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), max_size=40),
+    heads=st.integers(1, 4),
+    head_width=st.integers(1, 20),
+    hidden=st.integers(1, 150),
+    threads=st.integers(1, 5),
+    dtype=st.sampled_from(DTYPES),
+    causal=st.booleans(),
+)
+def test_any_shape_and_threads(cpu_library, lengths, heads, head_width, hidden, threads, dtype, causal):
+    width = heads * head_width
+    x, block = torch.randn(sum(lengths), width).to(dtype), make_weights(width, hidden, dtype)
+    expected = by_kernels(x, lengths, block, heads, causal, "quick_gelu", "best")
+    with csrc.threads(threads):
+        assert torch.equal(run(x, lengths, block, heads, causal), expected)
+
+
+@by_dtype
+def test_how_tensors_lie_in_memory(form, dtype):
+    """Strided rows, transposed and strided matrices, no biases, LayerNorms of another dtype."""
+    x, block = torch.randn(30, 64).to(dtype), make_weights(64, 96, dtype)
+    expected = run(x, [30], block, 2, False, form=form)
+    other = block._replace(
+        qkv_weight=block.qkv_weight.t().contiguous().t(),
+        fc1_weight=torch.stack([block.fc1_weight] * 2, dim=2)[..., 0],
+        fc2_bias=torch.stack([block.fc2_bias] * 2, dim=1)[:, 0],
+        norm_1_bias=torch.stack([block.norm_1_bias] * 2, dim=1)[:, 0],
+    )
+    assert not any(tensor.is_contiguous() for tensor in (other.qkv_weight, other.fc1_weight, other.fc2_bias))
+    strided = torch.stack([x, x], dim=2)[..., 0]
+    assert torch.equal(run(strided, [30], other, 2, False, form=form), expected)
+    zeros = block._replace(qkv_bias=torch.zeros(192, dtype=dtype), out_bias=torch.zeros(64, dtype=dtype))
+    without = block._replace(qkv_bias=None, out_bias=None)
+    assert torch.equal(*(run(x, [30], some, 2, False, form=form) for some in (zeros, without)))
+    narrow = block._replace(norm_1_weight=block.norm_1_weight.bfloat16())
+    wide = narrow._replace(norm_1_weight=narrow.norm_1_weight.float())
+    assert torch.equal(*(run(x, [30], some, 2, False, form=form) for some in (narrow, wide)))
+
+
+@by_dtype
+def test_packed_weights_give_the_same_and_edits_are_seen(form, dtype):
+    x, block = torch.randn(21, 64).to(dtype), make_weights(64, 160, dtype)
+    matrices = [tensor for tensor in block if tensor.ndim == 2]
+    expected = run(x, [21], block, 2, True, form=form)
+    kept.keep(matrices)
+    try:
+        assert torch.equal(run(x, [21], block, 2, True, form=form), expected)
+        for matrix in matrices:
+            matrix.mul_(1.5)
+            changed = run(x, [21], block, 2, True, form=form)
+            assert torch.equal(changed, by_kernels(x, [21], block, 2, True, "quick_gelu", form))
+            assert not torch.equal(changed, expected)
+            expected = changed
+    finally:
+        kept.forget(matrices)
+
+
+def test_threads_that_call_at_once(cpu_library):
+    """Each has its own memory for what is computed in between."""
+    block = make_weights(64, 256)
+    calls = [(torch.randn(50 * n, 64), [50] * n) for n in range(1, 9)] * 4
+    expected = [run(x, lengths, block, 2, False) for x, lengths in calls]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda call: run(*call, block, 2, False), calls))
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@by_dtype
+def test_where_it_is_what_it_is_made_of(cpu_library, dtype):
+    """With gradients, in autocast, with operands of several dtypes, where a mode looks on."""
+    x, block = torch.randn(10, 64).to(dtype), make_weights(64, 128, dtype)
+    assert dispatch.whole_block(x, block) is cpu_block.block
+    assert dispatch.whole_block(x.half(), make_weights(64, 128, torch.float16)) is None
+    assert dispatch.whole_block(x, block._replace(out_weight=block.out_weight.double())) is None
+    with torch.autocast("cpu"):
+        assert dispatch.whole_block(x, block) is None
+    leaves = [x.clone().requires_grad_(), *(tensor.clone().requires_grad_() for tensor in block)]
+    assert dispatch.whole_block(leaves[0], block) is None
+    y = ops.block(leaves[0], [0, 10], BlockWeights(*leaves[1:]), heads=2, causal=True)
+    assert_accurate(
+        y.detach(), one_by_one(PEER, x, [10], block, 2, True, "quick_gelu"), exact(x, [10], block, 2, True, "quick_gelu")
+    )
+    y.sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+    # the keys' bias adds the same to every score
+    assert all(leaf.grad.any() for leaf in leaves)
+
+
+def test_explain_shows_its_operators(cpu_library, monkeypatch):
+    monkeypatch.setattr(dispatch, "_decisions", {})
+    with torch.no_grad():
+        ops.block(torch.randn(4, 64), [0, 4], make_weights(64, 64), heads=2, causal=False)
+    assert [(row[0], row[3].backend) for row in clipfast.explain()] == [
+        (operator, "cpu") for operator in ("attention", "linear", "mlp")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(5, 63)}, r"norm_1_weight must be \[63\], got \[64\]"),
+        ({"x": torch.zeros(4, 64)}, r"offsets end at 5 but x has 4 rows"),
+        ({"qkv_weight": torch.zeros(64, 64)}, r"qkv_weight must be \[192, 64\], got \[64, 64\]"),
+        ({"fc1_bias": torch.zeros(7)}, r"fc1_bias must be \[128\], got \[7\]"),
+        ({"fc2_weight": torch.zeros(64, 64)}, r"fc2_weight must be \[64, 128\], got \[64, 64\]"),
+        ({"heads": 5}, "x is 64 wide, which does not divide into 5 heads"),
+        ({"activation": "relu"}, "activation must be one of"),
+    ],
+)
+def test_refusals(changes, message):
+    arguments = {"x": torch.zeros(5, 64), "heads": 2, "activation": "gelu"}
+    options = arguments | {name: value for name, value in changes.items() if name in arguments}
+    changed = {name: value for name, value in changes.items() if name not in arguments}
+    block = make_weights(64, 128)._replace(**changed)
+    with pytest.raises(ValueError, match=message):
+        ops.block(options.pop("x"), [0, 5], block, causal=False, **options)
+
+
+def test_dtypes_that_differ(cpu_library):
+    block = make_weights(64, 128)._replace(fc1_weight=torch.zeros(128, 64).bfloat16())
+    with pytest.raises(TypeError, match=r"x is torch.float32, fc1_weight torch.bfloat16: they must have one dtype"):
+        run(torch.zeros(5, 64), [5], block, 2, False)
