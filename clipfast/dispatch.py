@@ -24,6 +24,7 @@ from clipfast import compat, reference, tuning
 from clipfast.blocks import BlockWeights
 from clipfast.kernels import (
     cpu_attention,
+    cpu_attention_pool,
     cpu_block,
     cpu_library,
     cpu_linear,
@@ -118,10 +119,8 @@ def _cpu_refuses(operator: str, call: Call) -> str | None:
 
 
 def _cpu_yields(operator: str, call: Call) -> str | None:
-    if operator not in _CPU_PRODUCTS:
+    if operator not in _ONEDNN:
         return None
-    if operator == "attention_pool":
-        return tuning.reassociated_is_better(call.rows)
     return tuning.onednn_is_better(call.dtype, call.rows, cpu_library.best(), _has_amx())
 
 
@@ -190,8 +189,12 @@ def _torch_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
 
 
 def _cpu_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
-    products = {name: getattr(cpu_linear, name) for name in _CPU_PRODUCTS}
-    return {"attention": cpu_attention.attention, **products}
+    products = {name: getattr(cpu_linear, name) for name in _ONEDNN}
+    return {
+        "attention": cpu_attention.attention,
+        "attention_pool": cpu_attention_pool.attention_pool,
+        **products,
+    }
 
 
 def _cuda_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
@@ -225,8 +228,8 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "logits": reference.logits,
     "contrastive_loss": _reference_loss,
 }
-_CPU_PRODUCTS = ("linear", "mlp", "attention_pool", "patch_embed", "project")
 _ONEDNN = ("linear", "mlp", "patch_embed", "project")
+_CPU_PRODUCTS = (*_ONEDNN, "attention_pool")
 
 _BACKENDS = (
     Backend("cuda", _cuda_refuses, _never, _cuda_operators, ("patch_embed",)),

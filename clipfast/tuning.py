@@ -321,16 +321,6 @@ def onednn_is_better(dtype: torch.dtype, rows: int, instructions: str, amx: bool
     return f"oneDNN is as fast in bfloat16 beyond {most} rows"
 
 
-# rows, of all sequences together, up to which keys and values of every row cost less than reassociated products, whose
-# cost does not grow with them: float32 at 64 rows 0.7 to 0.8 of it, at 128 1.0; bfloat16 1.0 at 64 (as above)
-FEW_POOLED_ROWS = 64
-
-
-def reassociated_is_better(rows: int) -> str | None:
-    """Why one query a sequence is better answered without keys and values, or None if it is not.   rows: the bucket."""
-    return None if 0 < rows <= FEW_POOLED_ROWS else f"its keys and values cost more beyond {FEW_POOLED_ROWS} rows"
-
-
 # Larger blocks glibc takes from the system at each call and gives back at once, to be faulted in page by page.
 MAPPED = 32 << 20
 

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 5
+#define CLIPFAST_CPU_ABI_VERSION 6
 /* bytes that clipfast_cpu_read reads at a time */
 #define CLIPFAST_CPU_READ_BLOCK 1024
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
@@ -102,6 +102,30 @@ typedef struct clipfast_cpu_pack_args {
     int32_t instructions; /* clipfast_cpu_instructions */
 } clipfast_cpu_pack_args;
 
+/* out[b, h] = sum over s of softmax over s of (q[b, h] . k[s, h] / sqrt(width of a head)) v[s, h] with the projections inside:
+ * q = q_weight query[b] + q_bias, k = k_weight tokens[s], v = v_weight tokens[s] + v_bias. Sums of float32 are float64, those
+ * of bfloat16 float32; softmax is float32; all is rounded once at the end.
+ */
+typedef struct clipfast_cpu_attention_pool_args {
+    int64_t struct_size;    /* sizeof(clipfast_cpu_attention_pool_args) */
+    const void *query;      /* [sequences, terms] of dtype, contiguous like all of these */
+    const void *tokens;     /* [T, terms] */
+    const int32_t *offsets; /* [sequences + 1]: first row of each sequence, the last entry T; increasing */
+    const void *q_weight;   /* [inner, terms] */
+    const void *q_bias;     /* [inner], or null for none */
+    const void *k_weight;
+    const void *v_weight;
+    const void *v_bias; /* [inner], or null for none */
+    void *out;          /* [sequences, inner] */
+    int64_t sequences;  /* may be 0: nothing is read or written */
+    int64_t terms;
+    int64_t inner;        /* a multiple of heads */
+    int32_t heads;
+    int32_t dtype;        /* clipfast_cpu_dtype */
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+} clipfast_cpu_attention_pool_args;
+
 /* A residual attention block: y = x + out_proj(attention(qkv(norm_1(x)))), out = y + fc2(activation(fc1(norm_2(y)))). What is
  * computed in between is rounded to dtype, as the operators one by one would return it.
  */
@@ -173,6 +197,9 @@ CLIPFAST_CPU_API const char *clipfast_cpu_error_text(int code);
 
 /* Softmax attention of packed rows; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_attention(const clipfast_cpu_attention_args *args);
+
+/* One query for each sequence; returns when it is done. */
+CLIPFAST_CPU_API int clipfast_cpu_attention_pool(const clipfast_cpu_attention_pool_args *args);
 
 /* A linear layer; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_linear(const clipfast_cpu_linear_args *args);

@@ -1,12 +1,15 @@
 // The entry points of libclipfast_cpu: arguments are checked here, once, and the form for this CPU is chosen.
+#include <initializer_list>
+
 #include "clipfast_cpu.h"
 
 // One of each for each instruction set.
-#define CLIPFAST_DECLARE(form)                                                  \
-    int clipfast_cpu_attention_##form(const clipfast_cpu_attention_args &args); \
-    int clipfast_cpu_linear_##form(const clipfast_cpu_linear_args &args);       \
-    int clipfast_cpu_pack_##form(const clipfast_cpu_pack_args &args);           \
-    int clipfast_cpu_peak_##form(const clipfast_cpu_peak_args &args);           \
+#define CLIPFAST_DECLARE(form)                                                            \
+    int clipfast_cpu_attention_##form(const clipfast_cpu_attention_args &args);           \
+    int clipfast_cpu_attention_pool_##form(const clipfast_cpu_attention_pool_args &args); \
+    int clipfast_cpu_linear_##form(const clipfast_cpu_linear_args &args);                 \
+    int clipfast_cpu_pack_##form(const clipfast_cpu_pack_args &args);                     \
+    int clipfast_cpu_peak_##form(const clipfast_cpu_peak_args &args);                     \
     int clipfast_cpu_read_##form(const clipfast_cpu_read_args &args);
 CLIPFAST_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -47,6 +50,19 @@ bool known(int dtype) { return dtype == CLIPFAST_CPU_FLOAT32 || dtype == CLIPFAS
 bool valid(const clipfast_cpu_attention_args &args) {
     return known(args.dtype) && args.sequences >= 0 && args.heads > 0 && args.width > 0 &&
            (args.sequences == 0 || (args.qkv != nullptr && args.out != nullptr && args.offsets != nullptr));
+}
+
+bool valid(const clipfast_cpu_attention_pool_args &args) {
+    if (!known(args.dtype) || args.sequences < 0 || args.terms <= 0 || args.heads <= 0 || args.inner <= 0 ||
+        args.inner % args.heads != 0)
+        return false;
+    if (args.sequences == 0) return true;
+    for (const void *needed : {args.query, args.tokens, args.q_weight, args.k_weight, args.v_weight})
+        if (needed == nullptr) return false;
+    if (args.out == nullptr || args.offsets == nullptr) return false;
+    for (int64_t i = 0; i < args.sequences; i++)
+        if (args.offsets[i + 1] <= args.offsets[i]) return false;
+    return true;
 }
 
 bool valid(const clipfast_cpu_linear_args &args) {
@@ -108,6 +124,10 @@ const char *clipfast_cpu_error_text(int code) {
 
 int clipfast_cpu_attention(const clipfast_cpu_attention_args *args) {
     return run(args, CLIPFAST_FORMS(clipfast_cpu_attention));
+}
+
+int clipfast_cpu_attention_pool(const clipfast_cpu_attention_pool_args *args) {
+    return run(args, CLIPFAST_FORMS(clipfast_cpu_attention_pool));
 }
 
 int clipfast_cpu_linear(const clipfast_cpu_linear_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_linear)); }

@@ -76,15 +76,6 @@ def test_many_rows_of_bfloat16_are_left_to_onednn(cpu, few, on):
     assert dispatch.decide("linear", "cpu", dispatch.Call("cpu", torch.float32)).backend == "cpu", "a preference"
 
 
-def test_few_rows_are_pooled_with_keys_and_values(on):
-    on("avx512_bf16")
-    for dtype in (torch.float32, torch.bfloat16):
-        ran = {rows: runs_on("attention_pool", dtype, rows=rows)[0] for rows in (0, 16, 64, 128)}
-        assert ran == {0: "torch", 16: "cpu", 64: "cpu", 128: "torch"}
-    assert "cost more beyond 64 rows" in runs_on("attention_pool")[1]["cpu"]
-    assert runs_on("attention_pool", torch.float16, rows=16)[1]["cpu"] == "has no float16 products"
-
-
 def test_rows_are_counted(on):
     """Of x; for a patch embedding, the patches of all images."""
     on("avx2")
@@ -119,6 +110,7 @@ def test_other_versions_and_broken_files(cpu_library_file, tmp_path):
     "struct",
     [
         library.AttentionArgs,
+        library.AttentionPoolArgs,
         library.BlockArgs,
         library.LinearArgs,
         library.PackArgs,
@@ -146,6 +138,12 @@ def attention_args(**changes) -> library.AttentionArgs:
     return library.AttentionArgs(**(values | changes))
 
 
+def pool_args(**changes) -> library.AttentionPoolArgs:
+    """Correct arguments for no sequences at all, but for the changes."""
+    sizes = {"terms": 4, "inner": 4, "heads": 2, "threads": 1}
+    return library.AttentionPoolArgs(**({"struct_size": ctypes.sizeof(library.AttentionPoolArgs)} | sizes | changes))
+
+
 def block_args(**changes) -> library.BlockArgs:
     """Correct arguments for no sequences at all, but for the changes."""
     sizes = {"width": 64, "hidden": 8, "heads": 1, "threads": 1}
@@ -166,10 +164,16 @@ def pack_args(**changes) -> library.PackArgs:
 
 ONE_SEQUENCE = {"sequences": 1, **dict.fromkeys(("qkv", "out", "offsets"), SOMEWHERE)}
 ONE_ROW = {"rows": 1, **dict.fromkeys(("x", "weight", "out"), SOMEWHERE)}
+POINTERS = ("query", "tokens", "offsets", "q_weight", "k_weight", "v_weight", "out")
+ONE_POOLED = {"sequences": 1, **dict.fromkeys(POINTERS, SOMEWHERE)}
 REFUSED = [
     *(("attention", changes) for changes in ({"struct_size": 8}, {"heads": 0}, {"width": 0}, {"threads": 0})),
     *(("attention", changes) for changes in ({"dtype": 7}, {"dtype": -1}, {**ONE_SEQUENCE, "sequences": -1})),
     *(("attention", {**ONE_SEQUENCE, name: None}) for name in ("qkv", "out", "offsets")),
+    *(("attention_pool", changes) for changes in ({"struct_size": 8}, {"dtype": 7}, {"heads": 3}, {"sequences": -1})),
+    *(("attention_pool", {name: 0}) for name in ("terms", "inner", "heads", "threads")),
+    *(("attention_pool", {**ONE_POOLED, name: None}) for name in ONE_POOLED if name != "sequences"),
+    ("attention_pool", ONE_POOLED),  # of a sequence without rows
     *(("block", changes) for changes in ({"struct_size": 8}, {"dtype": 7}, {"heads": 3}, {"sequences": -1})),
     *(("block", {name: 0}) for name in ("width", "hidden", "heads", "threads")),
     *(("block", {"sequences": 1, "x": SOMEWHERE, "out": SOMEWHERE, name: None}) for name in ("x", "out", "offsets")),
@@ -194,7 +198,7 @@ REFUSED = [
     ),
 )
 def test_refusals_have_a_text(cpu_library, operator, changes):
-    makers = {"attention": attention_args, "block": block_args, "linear": linear_args, "pack": pack_args}
+    makers = {"attention": attention_args, "attention_pool": pool_args, "block": block_args, "linear": linear_args, "pack": pack_args}
     arguments = makers[operator](**changes)
     code = getattr(cpu_library, f"clipfast_cpu_{operator}")(arguments)
     assert code == -1

@@ -401,8 +401,7 @@ def test_explain_of_this_cpu_with_and_without_gradients(products):
     def backends(**options):
         return {name: decision.backend for name, _, _, decision in clipfast.explain("cpu", **options)}
 
-    # how many rows a pooling query sees is not known here
-    library = {"attention", "linear", "mlp", "patch_embed", "project"} if products == "cpu" else set()
+    library = {"attention", "attention_pool", "linear", "mlp", "patch_embed", "project"} if products == "cpu" else set()
     assert {name for name, backend in backends().items() if backend == "cpu"} == library
     assert {name for name, backend in backends().items() if backend == "onednn"} == {*dispatch._ONEDNN} - library
     assert set(backends(grad=True).values()) == {"torch"}

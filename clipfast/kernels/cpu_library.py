@@ -39,6 +39,18 @@ class AttentionArgs(Structure):
     ]
 
 
+class AttentionPoolArgs(Structure):
+    """clipfast_cpu_attention_pool_args"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        *((name, c_void_p) for name in ("query", "tokens", "offsets")),
+        *((name, c_void_p) for name in ("q_weight", "q_bias", "k_weight", "v_weight", "v_bias", "out")),
+        *((name, c_int64) for name in ("sequences", "terms", "inner")),
+        *((name, c_int32) for name in ("heads", "dtype", "threads", "instructions")),
+    ]
+
+
 class LinearArgs(Structure):
     """clipfast_cpu_linear_args"""
 
@@ -99,10 +111,11 @@ class ReadArgs(Structure):
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
-    5,  # CLIPFAST_CPU_ABI_VERSION
+    6,  # CLIPFAST_CPU_ABI_VERSION
     {
         "clipfast_cpu_best": (c_int, ()),
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),
+        "clipfast_cpu_attention_pool": (c_int, (POINTER(AttentionPoolArgs),)),
         "clipfast_cpu_block": (c_int, (POINTER(BlockArgs),)),
         "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
         "clipfast_cpu_pack": (c_int, (POINTER(PackArgs),)),

@@ -12,12 +12,10 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import eager, kept, library
 from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LAYOUTS, LinearArgs, PackArgs, form, pointer, run, threads
-from clipfast.packing import Rows
 
 SIZE = ctypes.sizeof(LinearArgs)
 
@@ -153,31 +151,3 @@ def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tenso
 
 # `clipfast.ops.patch_embed` without gradients; dtypes as `linear`'s
 patch_embed = functools.partial(eager.patch_embed_by, linear)
-
-
-def attention_pool(
-    query: Tensor,
-    tokens: Tensor,
-    rows: Rows,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    k_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    heads: int,
-) -> Tensor:
-    """`clipfast.ops.attention_pool` without gradients, for few rows; dtypes as `linear`'s.
-
-    With keys and values of every row: where rows are few, computing them costs what reading the weights does, and that
-    has to be. The products reassociated, as `eager.attention_pool` has them, need float64 to round as little.
-    """
-    q = linear(query, q_weight, q_bias, None, None)
-    k, v = linear(tokens, k_weight, None, None, None), linear(tokens, v_weight, v_bias, None, None)
-    parts = [q[:0]]
-    for first, sequence, count, length in rows.runs:
-        of_run = slice(first, first + count * length)
-        split = (x.view(count, -1, heads, x.shape[1] // heads).transpose(1, 2) for x in (k[of_run], v[of_run]))
-        queries = q[sequence : sequence + count].view(count, 1, heads, -1).transpose(1, 2)
-        parts.append(F.scaled_dot_product_attention(queries, *split).transpose(1, 2).flatten(1))
-    return parts[1] if len(parts) == 2 else torch.cat(parts)
