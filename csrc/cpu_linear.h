@@ -1,58 +1,13 @@
-// What every linear layer on a CPU is made of: products of registers of x and of the weight, and what becomes of a sum.
+// What becomes of the sums of a linear layer on a CPU.
 #ifndef CLIPFAST_CPU_LINEAR_H
 #define CLIPFAST_CPU_LINEAR_H
 
-#include <type_traits>
-
 #include "clipfast_cpu.h"
-#include "cpu_vectors.h"
+#include "cpu_products.h"
 
 namespace {
 
-// does this form multiply bfloat16 itself, or widen it first, which takes two registers for what float32 has in one?
-#if defined(__AVX512BF16__)
-constexpr bool MULTIPLIES_BFLOAT16 = true;
-#else
-constexpr bool MULTIPLIES_BFLOAT16 = false;
-#endif
-template <typename T>
-constexpr bool WIDENS = sizeof(T) == 2 && !MULTIPLIES_BFLOAT16;
-
 constexpr float QUICK = 1.702f;
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Products
-
-// a register of x or of the weight, as it is in memory
-template <typename T>
-struct Terms {
-    static constexpr int N = 4 * LANES / sizeof(T);
-    Words bits;
-
-    static Terms load(const T *from) {
-        Terms terms;
-        memcpy(&terms.bits, from, sizeof terms.bits);
-        return terms;
-    }
-};
-
-inline void add_product(Floats &sum, const Terms<float> &a, const Terms<float> &b) {
-    sum += (Floats)a.bits * (Floats)b.bits;
-}
-
-// two neighbours go to one lane
-inline void add_product(Floats &sum, const Terms<uint16_t> &a, const Terms<uint16_t> &b) {
-#if defined(__AVX512BF16__)
-    sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a.bits, (__m512bh)b.bits);
-#else
-    sum += (Floats)(a.bits << 16) * (Floats)(b.bits << 16);
-    sum += (Floats)(a.bits & 0xffff0000u) * (Floats)(b.bits & 0xffff0000u);
-#endif
-}
-
-// what one step of a product multiplies: T, or float32 for a bfloat16 that was widened before
-template <typename T>
-using Stepped = std::conditional_t<WIDENS<T>, float, T>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // From sums to results

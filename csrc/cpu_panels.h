@@ -62,29 +62,6 @@ struct Ahead {
 // ---------------------------------------------------------------------------------------------------------------------
 // From rows of the weight to a panel, and from rows of x to a block
 
-// a transposed register of words, which is one step; or two, of bfloat16 that is widened
-template <bool WIDEN>
-inline void put(uint32_t *to, Row words) {
-    if constexpr (WIDEN) {
-        const Row first = words << 16, second = words & 0xffff0000u;
-        memcpy(to, &first, sizeof first);
-        memcpy(to + LANES, &second, sizeof second);
-    } else {
-        memcpy(to, &words, sizeof words);
-    }
-}
-
-// SQUARE words of SQUARE rows -> SQUARE steps, or (widened) twice as many
-template <bool WIDEN>
-inline __attribute__((always_inline)) void turn_square(const char *from, int64_t stride, uint32_t *to) {
-    Row rows[SQUARE];
-#pragma GCC unroll 8
-    for (int i = 0; i < SQUARE; i++) memcpy(&rows[i], from + i * stride, sizeof rows[i]);
-    transpose(rows);
-#pragma GCC unroll 8
-    for (int i = 0; i < SQUARE; i++) put<WIDEN>(to + i * (WIDEN ? 2 : 1) * LANES, rows[i]);
-}
-
 // `bytes` bytes of `columns` rows of the weight -> a panel of `words` words, or (widened) of twice as many steps; zeros
 // in columns and terms that there are not
 template <bool WIDEN>
@@ -136,22 +113,6 @@ void widen_panel(const uint32_t *packed, int64_t words, uint32_t *to) {
         Row row;
         memcpy(&row, packed + i, sizeof row);
         put<true>(to + i / LANES * 2 * LANES + i % LANES, row);
-    }
-}
-
-// one chain of a row of x
-template <typename T>
-void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
-    if constexpr (WIDENS<T>) {
-        int64_t i = 0;
-        for (; 2 * i < bytes; i += LANES) {
-            const uint16_t *const some = reinterpret_cast<const uint16_t *>(from) + i;
-            store(reinterpret_cast<float *>(to) + i, load_some(some, bytes / 2 - i));
-        }
-        for (; i < steps; i++) to[i] = 0;
-    } else {
-        if (bytes > 0) memcpy(to, from, bytes); // without terms there may be no x
-        memset(reinterpret_cast<char *>(to) + bytes, 0, 4 * steps - bytes);
     }
 }
 
