@@ -1,162 +1,210 @@
 // Softmax attention of packed rows on a CPU, compiled once for each instruction set (CMakeLists.txt).
 //
 // One task is one head of one sequence. Its keys are transposed and its values laid out in float32, which the caches
-// hold at CLIP's lengths; then, for a block of queries at a time: scores, softmax, product with the values, all in
-// float32 whatever the type of the rows.
+// hold at CLIP's lengths; then, for a block of queries at a time: scores, softmax, product with the values. All that is
+// in float32 whatever the type of the rows. A CPU that multiplies bfloat16 makes the scores so: each product of two is
+// exact, and the sums are float32 there too. Weights of values are not rounded to bfloat16 for it.
 #include <cstdlib>
+#include <omp.h>
 
 #include "clipfast_cpu.h"
-#include "cpu_vectors.h"
+#include "cpu_products.h"
 
 namespace {
 
 // sums of one product in registers: 6 x 4 vectors of 32, or 6 x 2 of 16
 constexpr int ACROSS = LANES == 16 ? 4 : 2;
-constexpr int DOWN = 6;    // queries that are multiplied together
-constexpr int BLOCK = 48;  // queries whose scores exist at a time
-constexpr int CHAIN = 128; // keys summed in one chain: longer ones would round more than PyTorch's
-constexpr int TURNS = 16;  // in which a thread takes its tasks, if there are so many
+constexpr int TALL = 6;        // queries, at most, that are multiplied together
+constexpr int64_t BLOCK = 48;  // queries, at most, whose scores exist at a time
+// as many in causal attention, where a block goes only as far as its last query: with 48 rather than 12, 77 rows of 8
+// heads took 0.116 ms and not 0.100, 16 captions of 16 rows 0.164 and not 0.157 (AMD EPYC (Zen 4), one thread)
+constexpr int64_t CAUSAL = 12;
+constexpr int64_t CHAIN = 128; // steps summed in one chain: longer ones would round more than PyTorch's
+constexpr int64_t LINE = 64;   // bytes that a CPU loads together
+constexpr int TURNS = 16;      // in which a thread takes its tasks, if there are so many
 
-// n values as float32, then zeros up to a multiple of LANES
-template <typename T>
-void load_row(const T *from, float *to, int n) {
-    for (int i = 0; i < n; i += LANES) store(to + i, load_some(from + i, n - i));
-}
+// one side of a product: rows, or registers, of words
+struct Side {
+    const uint32_t *at;
+    int64_t apart; // of two rows or registers
+    int64_t step;  // of two words of one
+};
 
-template <typename T>
-void store_row(T *to, const float *from, int n, float factor) {
-    for (int i = 0; i < n; i += LANES) store_some(to + i, load(from + i) * factor, n - i);
-}
+// where sums of products go, times `scale`; added to what is there, if `add`
+struct Sums {
+    float *at;
+    int64_t apart; // of two rows
+    float scale;
+    bool add;
+};
 
-// c[R][C * LANES] = (or +=) a[R][k] . b[k][C * LANES]
-template <int R, int C>
-void product(const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int k, bool add) {
+// R rows with C registers
+template <typename Type, int R, int C>
+void tile(const Side &x, const Side &y, int64_t steps, const Sums &to) {
     Floats sums[R][C] = {};
-    for (int i = 0; i < k; i++) {
-        Floats row[C];
-        for (int j = 0; j < C; j++) row[j] = load(b + i * ldb + LANES * j);
+    for (int64_t i = 0; i < steps; i++) {
+        Terms<Type> column[C];
+        for (int c = 0; c < C; c++)
+            column[c] = Terms<Type>::load(reinterpret_cast<const Type *>(y.at + c * y.apart + i * y.step));
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const float x = a[r * lda + i];
-            for (int j = 0; j < C; j++) sums[r][j] += x * row[j];
+            const Terms<Type> row = {Words{} + x.at[r * x.apart + i]};
+            for (int c = 0; c < C; c++) add_product(sums[r][c], row, column[c]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < C; j++) {
-            float *to = c + r * ldc + LANES * j;
-            store(to, add ? load(to) + sums[r][j] : sums[r][j]);
+        for (int c = 0; c < C; c++) {
+            float *const place = to.at + r * to.apart + c * LANES;
+            store(place, (to.add ? load(place) + sums[r][c] : sums[r][c]) * to.scale);
         }
 }
 
-template <int C>
-void product_of_columns(int n, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int k,
-                        bool add) {
-    for (; n >= DOWN; n -= DOWN, a += DOWN * lda, c += DOWN * ldc) product<DOWN, C>(a, lda, b, ldb, c, ldc, k, add);
-    switch (n) {
-        case 5: return product<5, C>(a, lda, b, ldb, c, ldc, k, add);
-        case 4: return product<4, C>(a, lda, b, ldb, c, ldc, k, add);
-        case 3: return product<3, C>(a, lda, b, ldb, c, ldc, k, add);
-        case 2: return product<2, C>(a, lda, b, ldb, c, ldc, k, add);
-        case 1: return product<1, C>(a, lda, b, ldb, c, ldc, k, add);
+template <typename Type, int C, int R = TALL>
+void tile_of(int64_t rows, const Side &x, const Side &y, int64_t steps, const Sums &to) {
+    if constexpr (R > 1)
+        if (rows < R) return tile_of<Type, C, R - 1>(rows, x, y, steps, to);
+    tile<Type, R, C>(x, y, steps, to);
+}
+
+// registers from `first` on, C at a time, with all rows in tiles of nearly one height. Returns the first that is left.
+template <typename Type, int C>
+int64_t tiles(int64_t first, int64_t rows, int64_t registers, const Side &x, const Side &y, int64_t steps,
+              const Sums &to) {
+    const int64_t count = units(rows, TALL);
+    for (; first + C <= registers; first += C)
+        for (int64_t t = 0; t < count; t++) {
+            const int64_t row = rows * t / count, end = rows * (t + 1) / count;
+            tile_of<Type, C>(end - row, Side{x.at + row * x.apart, x.apart, x.step},
+                             Side{y.at + first * y.apart, y.apart, y.step}, steps,
+                             Sums{to.at + row * to.apart + first * LANES, to.apart, to.scale, to.add});
+        }
+    return first;
+}
+
+// to[rows][registers][LANES] = scale * x . y, in chains; rows of `to` are `apart`
+template <typename Type>
+void product(int64_t rows, int64_t registers, const Side &x, const Side &y, int64_t steps, float scale, float *to,
+             int64_t apart) {
+    for (int64_t start = 0; start < steps; start += CHAIN) {
+        const int64_t n = least(steps - start, CHAIN);
+        const Side of_x{x.at + start * x.step, x.apart, x.step}, of_y{y.at + start * y.step, y.apart, y.step};
+        const Sums sums{to, apart, start + n == steps ? scale : 1, start > 0};
+        int64_t first = tiles<Type, ACROSS>(0, rows, registers, of_x, of_y, n, sums);
+        if (ACROSS > 2) first = tiles<Type, 2>(first, rows, registers, of_x, of_y, n, sums);
+        tiles<Type, 1>(first, rows, registers, of_x, of_y, n, sums);
     }
 }
 
-// c[n][columns] = (or +=) a[n][k] . b[k][columns]; columns a multiple of LANES
-void product(int n, int64_t columns, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
-             int k, bool add = false) {
-    int64_t j = 0;
-    for (; j + ACROSS * LANES <= columns; j += ACROSS * LANES)
-        product_of_columns<ACROSS>(n, a, lda, b + j, ldb, c + j, ldc, k, add);
-    for (; ACROSS > 2 && j + 2 * LANES <= columns; j += 2 * LANES)
-        product_of_columns<2>(n, a, lda, b + j, ldb, c + j, ldc, k, add);
-    for (; j < columns; j += LANES) product_of_columns<1>(n, a, lda, b + j, ldb, c + j, ldc, k, add);
+// `bytes` bytes of n rows, transposed: [n / LANES][steps][LANES]; zeros fill up registers and steps
+template <bool WIDEN>
+void turn_rows(const char *rows, int64_t stride, int64_t n, int64_t bytes, int64_t steps, uint32_t *to) {
+    constexpr int64_t EACH = WIDEN ? 2 : 1; // steps of a word
+    for (int64_t row = 0; row < padded(n); row += SQUARE)
+        for (int64_t word = 0; EACH * word < steps; word += SQUARE) {
+            const char *const from = rows + row * stride + 4 * word;
+            uint32_t *const place = to + row / LANES * steps * LANES + EACH * word * LANES + row % LANES;
+            if (row + SQUARE <= n && 4 * (word + SQUARE) <= bytes) {
+                turn_square<WIDEN>(from, stride, place);
+            } else {
+                char some[SQUARE][4 * SQUARE] = {};
+                for (int64_t i = 0; i < SQUARE && row + i < n; i++)
+                    memcpy(some[i], from + i * stride, least(bytes - 4 * word, 4 * SQUARE));
+                turn_square<WIDEN>(some[0], 4 * SQUARE, place);
+            }
+        }
 }
 
 // scores[0, seen) -> exp(score - greatest), scores[seen, columns) -> 0; columns a multiple of LANES
 // Returns 1 / their sum.
-float softmax(float *scores, int64_t seen, int64_t columns) {
-    for (int64_t j = seen; j < columns; j++) scores[j] = -__builtin_inff();
+inline float softmax(float *scores, int64_t seen, int64_t columns) {
+    const int64_t end = padded(seen);
+    // a register at a time: a load of what was just stored number by number waits, and 16 captions of 16 rows took
+    // 0.195 ms, not 0.145 (AMD EPYC (Zen 4), one thread)
+    static constexpr Places lanes = swapped<0>(); // each its own number
+    const Floats hidden = Floats{} - __builtin_inff(), partly = load(scores + end - LANES);
+    store(scores + end - LANES, lanes.vector() < int32_t(seen - end + LANES) ? partly : hidden);
     Floats greatest = load(scores);
-    for (int64_t j = LANES; j < columns; j += LANES) {
+    for (int64_t j = LANES; j < end; j += LANES) {
         const Floats x = load(scores + j);
         greatest = x > greatest ? x : greatest;
     }
     greatest = across_lanes<LANES / 2>(greatest, [](Floats a, Floats b) { return a > b ? a : b; });
     Floats sums = {};
-    for (int64_t j = 0; j < columns; j += LANES) {
+    for (int64_t j = 0; j < end; j += LANES) {
         const Floats weight = exp_of_negative(load(scores + j) - greatest);
         store(scores + j, weight);
         sums += weight;
     }
+    for (int64_t j = end; j < columns; j += LANES) store(scores + j, Floats{});
     return 1 / across_lanes<LANES / 2>(sums, [](Floats a, Floats b) { return a + b; })[0];
 }
 
+// What attention of one type of rows is about, and the memory of a thread.
+template <typename T>
 struct Sizes {
-    int64_t longest;
-    int heads, width;
+    int64_t longest, heads, width;
     float scale;
     bool causal;
 
-    int64_t row() const { return 3LL * heads * width; }
-    int64_t floats() const {
-        const int64_t keys = padded(longest), wide = padded(width);
-        return width * keys + longest * wide + BLOCK * (2 * wide + keys) + LANES * wide;
+    int64_t row() const { return 3 * heads * width; }
+    int64_t bytes() const { return width * int64_t(sizeof(T)); }
+    // of a score: words, or bfloat16 that is widened
+    int64_t steps() const { return up(units(bytes(), 4), SQUARE) * (WIDENS<T> ? 2 : 1); }
+    int64_t wide() const { return padded(width); }
+    int64_t words() const {
+        const int64_t keys = padded(longest);
+        return up(keys * steps() + keys * wide() + BLOCK * (up(steps(), LANES) + wide() + keys), LINE / 4);
     }
 };
 
-// one head of one sequence, its queries [first, last).   memory: Sizes::floats
+// one head of one sequence, its queries [first, last).   memory: Sizes::words
 template <typename T>
-void attend(const T *qkv, T *out, int length, int head, int first, int last, const Sizes &sizes, float *memory) {
-    const int width = sizes.width, heads = sizes.heads;
-    const int64_t keys = padded(length), wide = padded(width), row = sizes.row();
-    float *const transposed = memory;                // [width][keys]
-    float *const values = transposed + width * keys; // [length][wide]
-    float *const queries = values + length * wide;   // [BLOCK][wide]
-    float *const sums = queries + BLOCK * wide;      // [BLOCK][wide]
-    float *const scores = sums + BLOCK * wide;       // [BLOCK][keys]
-    float *const group = scores + BLOCK * keys;      // [LANES][wide]
-    const T *const query = qkv + int64_t(head) * width;
-    const T *const key = query + int64_t(heads) * width;
-    const T *const value = key + int64_t(heads) * width;
-    const int seen = sizes.causal ? last : length;
+void attend(const T *qkv, T *out, int64_t length, int64_t head, int64_t first, int64_t last, const Sizes<T> &sizes,
+            uint32_t *memory) {
+    const int64_t width = sizes.width, heads = sizes.heads, row = sizes.row();
+    const int64_t stride = row * int64_t(sizeof(T)); // bytes from a row to the next
+    const int64_t keys = padded(length), steps = sizes.steps(), wide = sizes.wide();
+    uint32_t *const transposed = memory;                                         // [keys / LANES][steps][LANES]
+    float *const values = reinterpret_cast<float *>(transposed + keys * steps);  // [length][wide]
+    float *const scores = values + keys * wide;                                  // [BLOCK][keys]
+    float *const sums = scores + BLOCK * keys;                                   // [BLOCK][wide]
+    uint32_t *const queries = reinterpret_cast<uint32_t *>(sums + BLOCK * wide); // [BLOCK][steps]
+    const T *const query = qkv + head * width;
+    const T *const key = query + heads * width;
+    const T *const value = key + heads * width;
 
-    for (int j = 0; j < seen; j += LANES) {
-        for (int i = 0; i < LANES; i++) {
-            if (j + i < seen)
-                load_row(key + (j + i) * row, group + i * wide, width);
-            else
-                memset(group + i * wide, 0, 4 * wide);
-        }
-        for (int d = 0; d < width; d += SQUARE)
-            for (int i = 0; i < LANES; i += SQUARE) {
-                Row rows[SQUARE];
-#pragma GCC unroll 8
-                for (int k = 0; k < SQUARE; k++) memcpy(&rows[k], group + (i + k) * wide + d, sizeof rows[k]);
-                transpose(rows);
-#pragma GCC unroll 8
-                for (int k = 0; k < SQUARE; k++)
-                    if (d + k < width) memcpy(transposed + (d + k) * keys + j + i, &rows[k], sizeof rows[k]);
-            }
-    }
-    for (int j = 0; j < seen; j++) load_row(value + j * row, values + j * wide, width);
+    // queries that are whole steps are read where they are: 1 image of 50 rows in 107 us, not 110 (AMD EPYC (Zen 4))
+    const bool whole = !WIDENS<T> && sizes.bytes() == 4 * steps && reinterpret_cast<uintptr_t>(qkv) % 4 == 0;
+    const int64_t used = sizes.causal ? last : length;
+    turn_rows<WIDENS<T>>(reinterpret_cast<const char *>(key), stride, used, sizes.bytes(), steps, transposed);
+    for (int64_t j = 0; j < used; j++)
+        for (int64_t d = 0; d < width; d += LANES)
+            store(values + j * wide + d, load_some(value + j * row + d, width - d));
 
-    for (int start = first; start < last; start += BLOCK) {
-        const int n = last - start < BLOCK ? last - start : BLOCK;
-        const int64_t columns = padded(sizes.causal ? start + n : length);
-        const int visible = sizes.causal ? start + n : length;
-        for (int i = 0; i < n; i++) {
-            float *const to = queries + i * wide;
-            load_row(query + (start + i) * row, to, width);
-            for (int d = 0; d < wide; d += LANES) store(to + d, load(to + d) * sizes.scale);
+    const int64_t blocks = units(last - first, sizes.causal ? CAUSAL : BLOCK);
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t start = first + (last - first) * block / blocks;
+        const int64_t end = first + (last - first) * (block + 1) / blocks;
+        const int64_t n = end - start, visible = sizes.causal ? end : length, columns = padded(visible);
+        const char *const from = reinterpret_cast<const char *>(query + start * row);
+        Side x{reinterpret_cast<const uint32_t *>(from), stride / 4, 1};
+        if (!whole) {
+            for (int64_t i = 0; i < n; i++)
+                copy_row<T>(from + i * stride, sizes.bytes(), steps, queries + i * steps);
+            x = Side{queries, steps, 1};
         }
-        product(n, columns, queries, wide, transposed, keys, scores, keys, width);
+        product<Stepped<T>>(n, columns / LANES, x, Side{transposed, steps * LANES, LANES}, steps, sizes.scale, scores,
+                            keys);
         float inverse[BLOCK];
-        for (int i = 0; i < n; i++)
+        for (int64_t i = 0; i < n; i++)
             inverse[i] = softmax(scores + i * keys, sizes.causal ? start + i + 1 : length, columns);
-        for (int k = 0; k < visible; k += CHAIN)
-            product(n, wide, scores + k, keys, values + k * wide, wide, sums, wide,
-                    visible - k < CHAIN ? visible - k : CHAIN, k > 0);
-        for (int i = 0; i < n; i++)
-            store_row(out + ((start + i) * int64_t(heads) + head) * width, sums + i * wide, width, inverse[i]);
+        product<float>(n, wide / LANES, Side{reinterpret_cast<const uint32_t *>(scores), keys, 1},
+                       Side{reinterpret_cast<const uint32_t *>(values), LANES, wide}, visible, 1, sums, wide);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t d = 0; d < width; d += LANES)
+                store_some(out + ((start + i) * heads + head) * width + d, load(sums + i * wide + d) * inverse[i],
+                           width - d);
     }
 }
 
@@ -165,39 +213,31 @@ int attend_all(const clipfast_cpu_attention_args &args) {
     const T *const qkv = static_cast<const T *>(args.qkv);
     T *const out = static_cast<T *>(args.out);
     const int32_t *const offsets = args.offsets;
-    Sizes sizes{0, args.heads, args.width, args.scale, args.causal != 0};
+    Sizes<T> sizes{0, args.heads, args.width, args.scale, args.causal != 0};
     for (int64_t i = 0; i < args.sequences; i++) {
         const int64_t length = offsets[i + 1] - offsets[i];
         sizes.longest = length > sizes.longest ? length : sizes.longest;
     }
     const int64_t pairs = args.sequences * args.heads;
-    if (sizes.longest == 0 || pairs == 0) return 0;
+    if (sizes.longest == 0 || pairs == 0) return CLIPFAST_CPU_OK;
     // one long sequence on many cores: several tasks share a head, each with some of its queries
-    const int64_t blocks = (sizes.longest + BLOCK - 1) / BLOCK;
-    int64_t parts = (args.threads + pairs - 1) / pairs;
-    parts = parts < blocks ? parts : blocks;
-    const int64_t tasks = pairs * parts;
-    const int64_t together = 1 + tasks / (args.threads * int64_t(TURNS));
-    int failed = 0;
+    const int64_t parts = least(units(args.threads, pairs), units(sizes.longest, BLOCK));
+    const int64_t tasks = pairs * parts, together = 1 + tasks / (args.threads * int64_t(TURNS));
+    uint32_t *const memory = static_cast<uint32_t *>(aligned_alloc(LINE, 4 * args.threads * sizes.words()));
+    if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
 #pragma omp parallel num_threads(args.threads)
     {
-        float *const memory = static_cast<float *>(malloc(4 * sizes.floats()));
-        if (memory == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        uint32_t *const mine = memory + omp_get_thread_num() * sizes.words();
 #pragma omp for schedule(dynamic, together)
         for (int64_t task = 0; task < tasks; task++) {
-            const int64_t sequence = task / (args.heads * parts), part = task % parts;
-            const int head = int(task / parts % args.heads);
+            const int64_t sequence = task / (args.heads * parts), part = task % parts, head = task / parts % args.heads;
             const int64_t first = offsets[sequence], length = offsets[sequence + 1] - first;
-            if (memory != nullptr)
-                attend(qkv + first * sizes.row(), out + first * args.heads * args.width, int(length), head,
-                       int(length * part / parts), int(length * (part + 1) / parts), sizes, memory);
+            attend(qkv + first * sizes.row(), out + first * args.heads * args.width, length, head,
+                   length * part / parts, length * (part + 1) / parts, sizes, mine);
         }
-        free(memory);
     }
-    return failed ? CLIPFAST_CPU_ERROR_MEMORY : 0;
+    free(memory);
+    return CLIPFAST_CPU_OK;
 }
 
 } // namespace
