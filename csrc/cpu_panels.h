@@ -63,15 +63,16 @@ struct Ahead {
 // From rows of the weight to a panel, and from rows of x to a block
 
 // `bytes` bytes of `columns` rows of the weight -> a panel of `words` words, or (widened) of twice as many steps; zeros
-// in columns and terms that there are not
+// in columns and terms that there are not.   done: words that are there already, whole squares
 template <bool WIDEN>
-void make_panel(const char *weight, int64_t stride, int64_t columns, int64_t bytes, int64_t words, uint32_t *to) {
+void make_panel(const char *weight, int64_t stride, int64_t columns, int64_t bytes, int64_t words, uint32_t *to,
+                int64_t done = 0) {
     constexpr int64_t APART = (WIDEN ? 2 : 1) * LANES; // of two words
     for (int64_t first = 0; first < PANEL; first += SQUARE) {
         uint32_t *const place = to + first / LANES * words * APART + first % LANES;
         const int64_t n = least(columns - first, SQUARE), whole = n == SQUARE ? bytes / (4 * SQUARE) * SQUARE : 0;
         const char *const rows = weight + first * stride;
-        for (int64_t word = 0; word < whole; word += SQUARE)
+        for (int64_t word = done; word < whole; word += SQUARE)
             turn_square<WIDEN>(rows + 4 * word, stride, place + word * APART);
         for (int64_t word = whole; word < words; word += SQUARE) {
             char some[SQUARE][4 * SQUARE] = {};
