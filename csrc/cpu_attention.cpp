@@ -4,10 +4,10 @@
 // hold at CLIP's lengths; then, for a block of queries at a time: scores, softmax, product with the values. All that is
 // in float32 whatever the type of the rows. A CPU that multiplies bfloat16 makes the scores so: each product of two is
 // exact, and the sums are float32 there too. Weights of values are not rounded to bfloat16 for it.
-#include <cstdlib>
 #include <omp.h>
 
 #include "clipfast_cpu.h"
+#include "cpu_memory.h"
 #include "cpu_products.h"
 
 namespace {
@@ -223,7 +223,8 @@ int attend_all(const clipfast_cpu_attention_args &args) {
     // one long sequence on many cores: several tasks share a head, each with some of its queries
     const int64_t parts = least(units(args.threads, pairs), units(sizes.longest, BLOCK));
     const int64_t tasks = pairs * parts, together = 1 + tasks / (args.threads * int64_t(TURNS));
-    uint32_t *const memory = static_cast<uint32_t *>(aligned_alloc(LINE, 4 * args.threads * sizes.words()));
+    static thread_local Memory kept;
+    uint32_t *const memory = static_cast<uint32_t *>(kept.reserve(4 * args.threads * sizes.words()));
     if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
 #pragma omp parallel num_threads(args.threads)
     {
@@ -236,7 +237,6 @@ int attend_all(const clipfast_cpu_attention_args &args) {
                    length * part / parts, length * (part + 1) / parts, sizes, mine);
         }
     }
-    free(memory);
     return CLIPFAST_CPU_OK;
 }
 

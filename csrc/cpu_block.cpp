@@ -12,6 +12,11 @@ namespace {
 
 // rows that pass together, unless one sequence has more: as many as `clipfast_cpu_linear` copies at a time
 constexpr int64_t TOGETHER = 1024;
+// Rows of each thread from which on threads take sequences of their own, if none has UNEVEN percent more than its share.
+// ViT-B/32, two threads, AMD EPYC (Zen 4): 1 image each 2 % slower so, 2 images as fast and 9 % faster where another
+// program disturbed one core, 8 images and 16 captions 1 to 2 % faster.
+constexpr int64_t ALONE = 96;
+constexpr int64_t UNEVEN = 3;
 
 // Where in memory everything of some sequences is. The hidden rows lie where the joint projection was.
 struct Between {
@@ -108,16 +113,49 @@ int some(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t se
     return code;
 }
 
-// How many sequences from `first` on pass together: about as many rows each time, so that the last are no remainder.
-int64_t together(const clipfast_cpu_block_args &args, int64_t first) {
+// Sequences [first, last), TOGETHER rows at a time: about as many each time, so that the last are no remainder.
+int all(const clipfast_cpu_block_args &args, int64_t first, int64_t last) {
+    static thread_local Memory kept;
     const int32_t *const offsets = args.offsets;
-    const int64_t start = offsets[first], total = offsets[args.sequences] - offsets[0];
+    const int64_t row = args.width * (args.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4), total = offsets[last] - offsets[first];
     const int64_t goal = units(total, units(total, TOGETHER)); // of rows
-    int64_t end = first + 1;
-    while (end < args.sequences && offsets[end + 1] - start <= TOGETHER &&
-           offsets[end] + offsets[end + 1] - 2 * start <= 2 * goal)
-        end++;
-    return end - first;
+    while (first < last) {
+        const int64_t start = offsets[first];
+        int64_t end = first + 1;
+        while (end < last && offsets[end + 1] - start <= TOGETHER && offsets[end] + offsets[end + 1] - 2 * start <= 2 * goal)
+            end++;
+        const Between at(args, offsets[end] - start, end - first);
+        if (at.rows > 0) {
+            char *const memory = static_cast<char *>(kept.reserve(at.bytes));
+            if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
+            const int code = some(args, offsets + first, end - first, static_cast<const char *>(args.x) + start * row,
+                                  static_cast<char *>(args.out) + start * row, memory);
+            if (code != CLIPFAST_CPU_OK) return code;
+        }
+        first = end;
+    }
+    return CLIPFAST_CPU_OK;
+}
+
+// first sequence of a thread, if each has sequences of its own, of about as many rows
+int64_t share(const clipfast_cpu_block_args &args, int64_t thread) {
+    const int64_t goal = int64_t(args.offsets[args.sequences]) * thread / args.threads;
+    int64_t i = 0;
+    while (i < args.sequences && args.offsets[i] + args.offsets[i + 1] < 2 * goal) i++;
+    return thread == args.threads ? args.sequences : i;
+}
+
+// Do threads each take sequences of their own through the whole block? They wait for nobody then, and read only what they
+// wrote.
+bool apart(const clipfast_cpu_block_args &args) {
+    const int64_t total = args.offsets[args.sequences];
+    if (args.threads == 1 || total < ALONE * args.threads) return false;
+    int64_t most = 0;
+    for (int64_t thread = 0; thread < args.threads; thread++) {
+        const int64_t rows = args.offsets[share(args, thread + 1)] - args.offsets[share(args, thread)];
+        most = rows > most ? rows : most;
+    }
+    return most * args.threads * 100 <= total * (100 + UNEVEN);
 }
 
 } // namespace
@@ -128,19 +166,18 @@ int clipfast_cpu_block(const clipfast_cpu_block_args *args) {
         (args->dtype != CLIPFAST_CPU_FLOAT32 && args->dtype != CLIPFAST_CPU_BFLOAT16) ||
         (args->sequences > 0 && (args->x == nullptr || args->out == nullptr || args->offsets == nullptr)))
         return CLIPFAST_CPU_ERROR_ARGUMENT;
-    const int64_t row = args->width * (args->dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4);
-    static thread_local Memory kept;
-    int64_t n = 0;
-    for (int64_t first = 0; first < args->sequences; first += n) {
-        const int32_t *const offsets = args->offsets + first;
-        n = together(*args, first);
-        const Between at(*args, offsets[n] - offsets[0], n);
-        if (at.rows == 0) continue;
-        char *const memory = static_cast<char *>(kept.reserve(at.bytes));
-        if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
-        const int code = some(*args, offsets, n, static_cast<const char *>(args->x) + offsets[0] * row,
-                              static_cast<char *>(args->out) + offsets[0] * row, memory);
-        if (code != CLIPFAST_CPU_OK) return code;
+    if (args->sequences == 0) return CLIPFAST_CPU_OK;
+    if (!apart(*args)) return all(*args, 0, args->sequences);
+    clipfast_cpu_block_args alone = *args;
+    alone.threads = 1;
+    int code = CLIPFAST_CPU_OK;
+#pragma omp parallel for num_threads(args->threads) schedule(static, 1)
+    for (int64_t thread = 0; thread < args->threads; thread++) {
+        const int found = all(alone, share(*args, thread), share(*args, thread + 1));
+        if (found != CLIPFAST_CPU_OK) {
+#pragma omp atomic write
+            code = found;
+        }
     }
-    return CLIPFAST_CPU_OK;
+    return code;
 }
