@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BlockWeights"]
+__all__ = ["Block", "BlockWeights"]
 
 
 class BlockWeights(NamedTuple):
@@ -24,3 +24,12 @@ class BlockWeights(NamedTuple):
     fc1_bias: Tensor  # [F]
     fc2_weight: Tensor  # [W, F]
     fc2_bias: Tensor  # [W]
+
+
+class Block(NamedTuple):
+    """A residual attention block: y = x + out(attention(qkv(norm_1(x)))), then y + fc2(activation(fc1(norm_2(y))))."""
+
+    weights: BlockWeights
+    heads: int
+    activation: str = "quick_gelu"  # or "gelu"
+    eps: tuple[float, float] = (1e-5, 1e-5)  # of both LayerNorms

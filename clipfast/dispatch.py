@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from clipfast import compat, reference, tuning
-from clipfast.blocks import BlockWeights
+from clipfast.blocks import Block
 from clipfast.kernels import (
     cpu_attention,
     cpu_attention_pool,
-    cpu_block,
+    cpu_blocks,
     cpu_library,
     cpu_linear,
     eager,
@@ -422,18 +422,19 @@ def _decided(operator: str, call: Call) -> Decision:
     return decision
 
 
-def whole_block(x: Tensor, weights: BlockWeights) -> Callable[..., Tensor] | None:
-    """What computes a residual attention block in one call, or None where each of its operators is on its own.
+def whole_blocks(x: Tensor, blocks: Sequence[Block]) -> Callable[..., Tensor] | None:
+    """What computes residual attention blocks in one call, or None where each of their operators is on its own.
 
-    No operator of its own: `explain` shows those it is made of, which must all run on libclipfast_cpu.
+    No operator of its own: `explain` shows those that a block is made of, which must all run on libclipfast_cpu.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not blocks:
         return None
-    call = _call("linear", x, (x, *weights), (x, weights.qkv_weight, None, None, None))
-    one = _one_dtype(x, weights.qkv_weight, weights.out_weight, weights.fc1_weight, weights.fc2_weight)
-    call = call._replace(shape=(one,))
+    tensors = [tensor for block in blocks for tensor in block.weights]
+    call = _call("linear", x, (x, *tensors), (x, blocks[0].weights.qkv_weight, None, None, None))
+    matrices = [tensor for tensor in tensors if tensor is not None and tensor.ndim == 2]
+    call = call._replace(shape=(_one_dtype(x, *matrices),))
     parts = ("linear", "attention", "mlp")
-    return cpu_block.block if all(_decided(part, call).backend == "cpu" for part in parts) else None
+    return cpu_blocks.blocks if all(_decided(part, call).backend == "cpu" for part in parts) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch.nn.modules.sparse import Embedding
 from torch.utils.checkpoint import checkpoint
 
 from clipfast import dispatch, graphs, ops, tuning
-from clipfast.blocks import BlockWeights
+from clipfast.blocks import Block, BlockWeights
 from clipfast.inputs import (
     check_images,
     check_places,
@@ -174,50 +174,39 @@ class ResidualAttentionBlock(nn.Module):
 
     def packed(self, x: Tensor, rows: Rows, causal: bool) -> Tensor:
         """The block on packed rows [T, W]."""
-        eps = (self.ln_1.eps, self.ln_2.eps)
-        return ops.block(
-            x, rows, self.weights(), heads=self.attn.num_heads, causal=causal, activation=self._activation(), eps=eps
-        )
+        return ops.blocks(x, rows, [self.for_ops()], causal=causal)
 
-    def weights(self) -> BlockWeights:
-        attn, out, norm_1, norm_2, fc1, fc2 = (
-            self.attn,
-            self.attn.out_proj,
-            self.ln_1,
-            self.ln_2,
-            self.mlp.c_fc,
-            self.mlp.c_proj,
+    def for_ops(self) -> Block:
+        """What it is made of, as `ops.blocks` takes it."""
+        attn, norm_1, norm_2, fc1, fc2 = self.attn, self.ln_1, self.ln_2, self.mlp.c_fc, self.mlp.c_proj
+        weights = BlockWeights(
+            norm_1_weight=norm_1.weight,
+            norm_1_bias=norm_1.bias,
+            qkv_weight=attn.in_proj_weight,
+            qkv_bias=attn.in_proj_bias,
+            out_weight=attn.out_proj.weight,
+            out_bias=attn.out_proj.bias,
+            norm_2_weight=norm_2.weight,
+            norm_2_bias=norm_2.bias,
+            fc1_weight=fc1.weight,
+            fc1_bias=fc1.bias,
+            fc2_weight=fc2.weight,
+            fc2_bias=fc2.bias,
         )
-        return BlockWeights(
-            norm_1.weight,
-            norm_1.bias,
-            attn.in_proj_weight,
-            attn.in_proj_bias,
-            out.weight,
-            out.bias,
-            norm_2.weight,
-            norm_2.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-        )
-
-    def _activation(self) -> str:
-        return "quick_gelu" if type(self.mlp.gelu) is _MADE.quick_gelu else "gelu"
+        activation = "quick_gelu" if type(self.mlp.gelu) is _MADE.quick_gelu else "gelu"
+        return Block(weights, attn.num_heads, activation, (norm_1.eps, norm_2.eps))
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor) -> Tensor:
         """The block's result for the rows index [B] alone, each the last its attention may see (or bidirectional)."""
-        attn, width = self.attn, x.shape[1]
-        y = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps)
-        q_weight, k_weight, v_weight = attn.in_proj_weight.split(width)
-        q_bias, k_bias, v_bias = attn.in_proj_bias.split(width)
+        made_of, width = self.for_ops(), x.shape[1]
+        norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, *of_mlp = made_of.weights
+        y = ops.layer_norm(x, norm_weight, norm_bias, made_of.eps[0])
+        (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias) = qkv_weight.split(width), qkv_bias.split(width)
         out = ops.attention_pool(
-            y[index], y, rows, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, heads=attn.num_heads
+            y[index], y, rows, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, heads=made_of.heads
         )
-        x = ops.linear(out, attn.out_proj.weight, attn.out_proj.bias, residual=x[index])
-        of_mlp = self.weights()[6:]
-        return ops.mlp(x, *of_mlp, activation=self._activation(), eps=self.ln_2.eps)
+        x = ops.linear(out, out_weight, out_bias, residual=x[index])
+        return ops.mlp(x, *of_mlp, activation=made_of.activation, eps=made_of.eps[1])
 
 
 class Transformer(nn.Module):
@@ -243,8 +232,7 @@ class Transformer(nn.Module):
             return x
         length, batch, width = x.shape
         rows, packed = Rows.fixed(batch, length), x.transpose(0, 1).reshape(batch * length, width)
-        for block in self.resblocks:
-            packed = self._kept_or_again(block.packed, packed, rows, causal)
+        packed = self._packed([*self.resblocks], packed, rows, causal)
         return packed.view(batch, length, width).transpose(0, 1)
 
     def short_way(self, length: int) -> bool | None:
@@ -281,9 +269,17 @@ class Transformer(nn.Module):
         return torch.cat(parts)
 
     def _pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
-        for block in self.resblocks[:-1]:
-            x = self._kept_or_again(block.packed, x, rows, causal)
-        return self._kept_or_again(self.resblocks[-1].pooled, x, rows, index)
+        *before, last = self.resblocks
+        x = self._packed(before, x, rows, causal)
+        return self._kept_or_again(last.pooled, x, rows, index)
+
+    def _packed(self, blocks: list[nn.Module], x: Tensor, rows: Rows, causal: bool) -> Tensor:
+        """Packed rows [T, W] through these blocks."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            for block in blocks:
+                x = self._kept_or_again(block.packed, x, rows, causal)
+            return x
+        return ops.blocks(x, rows, [block.for_ops() for block in blocks], causal=causal)
 
     def _kept_or_again(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """A block's result; what its gradients need is kept, or with grad_checkpointing computed again."""

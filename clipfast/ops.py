@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from clipfast import dispatch
-from clipfast.blocks import BlockWeights
+from clipfast.blocks import Block, BlockWeights
 from clipfast.dispatch import run
 from clipfast.packing import Rows
 
 __all__ = [
     "attention",
     "attention_pool",
-    "block",
+    "blocks",
     "layer_norm",
     "linear",
     "logits",
@@ -150,51 +150,53 @@ def attention(
     return run("attention", qkv, (qkv,), qkv, rows, causal, scale)
 
 
-def block(
-    x: Tensor,
-    offsets: Rows | Tensor | Sequence[int],
-    weights: BlockWeights,
-    *,
-    heads: int,
-    causal: bool,
-    activation: str = "quick_gelu",
-    eps: tuple[float, float] = (1e-5, 1e-5),
+def blocks(
+    x: Tensor, offsets: Rows | Tensor | Sequence[int], blocks: Sequence[Block], *, causal: bool
 ) -> Tensor:
-    """A residual attention block: y = x + out(attention(qkv(LayerNorm(x)))), then `mlp` of y.
+    """Residual attention blocks one after the other: y = x + out(attention(qkv(LayerNorm(x)))), then `mlp` of y.
 
-    One operator where a backend has it so, else those it is made of, each where it runs best.
+    One operator where a backend has it so, else those they are made of, each where it runs best.
     x:       [T, W] floating.
     offsets: Rows, or [B + 1] integers: first row of each sequence, the last entry T.
-    weights: of width W; the matrices of x's dtype.
-    heads:   W is a multiple.   causal: a row attends to itself and to those before it.
-    activation: "quick_gelu" or "gelu".   eps: of both LayerNorms.
+    blocks:  of width W, a multiple of their heads; the matrices of x's dtype.
+    causal:  a row attends to itself and to those before it.
     Returns: [T, W], dtype of x.
-    Raises:  ValueError if the shapes disagree or the activation is unknown, RuntimeError if the devices differ.
-    Source:  Radford et al. 2019, GPT-2.
+    Raises:  ValueError if the shapes disagree or an activation is unknown, RuntimeError if the devices differ.
+    Source:  Radford et al. 2019, GPT-2; Radford et al. 2021, arXiv:2103.00020.
     """
     rows = Rows.of(offsets)
     _expect("x", x, -1, -1)
     _expect_rows("x", x, rows)
-    width, hidden = x.shape[1], weights.fc1_weight.shape[0]
-    sizes = {"norm_1_weight": (width,), "norm_1_bias": (width,), "qkv_weight": (3 * width, width)}
-    sizes |= {"qkv_bias": (3 * width,), "out_weight": (width, width), "out_bias": (width,), "norm_2_weight": (width,)}
-    sizes |= {"norm_2_bias": (width,), "fc1_weight": (hidden, width), "fc1_bias": (hidden,)}
-    sizes |= {"fc2_weight": (width, hidden), "fc2_bias": (width,)}
-    for name, tensor in zip(BlockWeights._fields, weights, strict=True):
-        _expect(name, tensor, *sizes[name])
-        if tensor is not None and tensor.device != x.device:
-            _expect_one_device("x", x, **{name: tensor})
-    if width % heads:
-        raise ValueError(f"x is {width} wide, which does not divide into {heads} heads")
-    _expect_activation(activation, ACTIVATIONS)
-    whole = dispatch.whole_block(x, weights)
+    for block in blocks:
+        _expect_block(x, block)
+    whole = dispatch.whole_blocks(x, blocks)
     if whole is not None:
-        return whole(x, rows, weights, heads, causal, activation, eps)
-    norm_1_weight, norm_1_bias, qkv_weight, qkv_bias, out_weight, out_bias, *of_mlp = weights
-    qkv = linear(layer_norm(x, norm_1_weight, norm_1_bias, eps[0]), qkv_weight, qkv_bias)
-    attended = attention(qkv.view(len(qkv), 3, heads, width // heads), rows, causal=causal)
-    x = linear(attended, out_weight, out_bias, residual=x)
-    return mlp(x, *of_mlp, activation=activation, eps=eps[1])
+        return whole(x, rows, blocks, causal)
+    for block in blocks:
+        x = block_by_operators(x, rows, block, causal)
+    return x
+
+
+def _expect_block(x: Tensor, block: Block) -> None:
+    weights, width, hidden = block.weights, x.shape[1], block.weights.fc1_weight.shape[0]
+    shapes = ((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,))
+    shapes += ((hidden, width), (hidden,), (width, hidden), (width,))
+    for name, tensor, shape in zip(BlockWeights._fields, weights, shapes, strict=True):
+        if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
+            _expect(name, tensor, *shape)
+            _expect_one_device("x", x, **{name: tensor})
+    if width % block.heads:
+        raise ValueError(f"x is {width} wide, which does not divide into {block.heads} heads")
+    _expect_activation(block.activation, ACTIVATIONS)
+
+
+def block_by_operators(x: Tensor, rows: Rows, block: Block, causal: bool) -> Tensor:
+    """A block of `blocks` by the operators that it is made of."""
+    norm_1_weight, norm_1_bias, qkv_weight, qkv_bias, out_weight, out_bias, *of_mlp = block.weights
+    qkv = linear(layer_norm(x, norm_1_weight, norm_1_bias, block.eps[0]), qkv_weight, qkv_bias)
+    heads = qkv.view(len(qkv), 3, block.heads, x.shape[1] // block.heads)
+    x = linear(attention(heads, rows, causal=causal), out_weight, out_bias, residual=x)
+    return mlp(x, *of_mlp, activation=block.activation, eps=block.eps[1])
 
 
 def attention_pool(

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 6
+#define CLIPFAST_CPU_ABI_VERSION 7
 /* bytes that clipfast_cpu_read reads at a time */
 #define CLIPFAST_CPU_READ_BLOCK 1024
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
@@ -164,6 +164,15 @@ typedef struct clipfast_cpu_block_args {
     float norm_2_eps;
 } clipfast_cpu_block_args;
 
+/* Blocks one after the other: of the same sequences and width, in the same dtype, form and threads, each of what the one
+ * before it returned.
+ */
+typedef struct clipfast_cpu_blocks_args {
+    int64_t struct_size; /* sizeof(clipfast_cpu_blocks_args) */
+    const clipfast_cpu_block_args *blocks;
+    int64_t count;
+} clipfast_cpu_blocks_args;
+
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in
  * these instructions. A form without instructions for bfloat16 multiplies float32 for it.
  */
@@ -204,8 +213,8 @@ CLIPFAST_CPU_API int clipfast_cpu_attention_pool(const clipfast_cpu_attention_po
 /* A linear layer; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_linear(const clipfast_cpu_linear_args *args);
 
-/* A residual attention block; returns when it is done. */
-CLIPFAST_CPU_API int clipfast_cpu_block(const clipfast_cpu_block_args *args);
+/* Residual attention blocks; returns when they are done. */
+CLIPFAST_CPU_API int clipfast_cpu_blocks(const clipfast_cpu_blocks_args *args);
 
 /* Packs a weight; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_pack(const clipfast_cpu_pack_args *args);

@@ -112,6 +112,7 @@ def test_other_versions_and_broken_files(cpu_library_file, tmp_path):
         library.AttentionArgs,
         library.AttentionPoolArgs,
         library.BlockArgs,
+        library.BlocksArgs,
         library.LinearArgs,
         library.PackArgs,
         library.PeakArgs,
@@ -145,9 +146,19 @@ def pool_args(**changes) -> library.AttentionPoolArgs:
 
 
 def block_args(**changes) -> library.BlockArgs:
-    """Correct arguments for no sequences at all, but for the changes."""
-    sizes = {"width": 64, "hidden": 8, "heads": 1, "threads": 1}
-    return library.BlockArgs(**({"struct_size": ctypes.sizeof(library.BlockArgs)} | sizes | changes))
+    """A correct block of no sequences at all, but for the changes."""
+    sizes = {"struct_size": ctypes.sizeof(library.BlockArgs), "width": 64, "hidden": 8, "heads": 1, "threads": 1}
+    pointers = {"x": SOMEWHERE, "out": SOMEWHERE + 4, "offsets": SOMEWHERE}
+    return library.BlockArgs(**(sizes | pointers | changes))
+
+
+def blocks_args(count: int = 2, struct_size: int = ctypes.sizeof(library.BlocksArgs), **changes) -> library.BlocksArgs:
+    """Correct arguments for two blocks of no sequences, but for the changes, which are the second one's."""
+    first, second = block_args(), block_args(**({"x": SOMEWHERE + 4, "out": SOMEWHERE} | changes))
+    both = (library.BlockArgs * 2)(first, second)
+    args = library.BlocksArgs(struct_size, ctypes.addressof(both), count)
+    args.alive = both
+    return args
 
 
 def linear_args(**changes) -> library.LinearArgs:
@@ -174,9 +185,11 @@ REFUSED = [
     *(("attention_pool", {name: 0}) for name in ("terms", "inner", "heads", "threads")),
     *(("attention_pool", {**ONE_POOLED, name: None}) for name in ONE_POOLED if name != "sequences"),
     ("attention_pool", ONE_POOLED),  # of a sequence without rows
-    *(("block", changes) for changes in ({"struct_size": 8}, {"dtype": 7}, {"heads": 3}, {"sequences": -1})),
-    *(("block", {name: 0}) for name in ("width", "hidden", "heads", "threads")),
-    *(("block", {"sequences": 1, "x": SOMEWHERE, "out": SOMEWHERE, name: None}) for name in ("x", "out", "offsets")),
+    *(("blocks", changes) for changes in ({"struct_size": 8}, {"count": -1}, {"dtype": 7}, {"heads": 3}, {"dtype": 1})),
+    *(("blocks", {name: 0}) for name in ("width", "hidden", "heads", "threads")),
+    *(("blocks", changes) for changes in ({"sequences": -1}, {"sequences": 1}, {"threads": 2}, {"width": 128})),
+    # not of what the one before it returned; over what it reads; of other sequences
+    *(("blocks", changes) for changes in ({"x": None}, {"out": SOMEWHERE + 4}, {"offsets": None})),
     *(("linear", changes) for changes in ({"struct_size": 8}, {"threads": 0}, {"dtype": 7})),
     *(("linear", {name: -1}) for name in ("rows", "columns", "terms", "activation")),
     ("linear", {"activation": 3}),
@@ -198,7 +211,7 @@ REFUSED = [
     ),
 )
 def test_refusals_have_a_text(cpu_library, operator, changes):
-    makers = {"attention": attention_args, "attention_pool": pool_args, "block": block_args, "linear": linear_args, "pack": pack_args}
+    makers = {"attention": attention_args, "attention_pool": pool_args, "blocks": blocks_args, "linear": linear_args, "pack": pack_args}
     arguments = makers[operator](**changes)
     code = getattr(cpu_library, f"clipfast_cpu_{operator}")(arguments)
     assert code == -1

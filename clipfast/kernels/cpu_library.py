@@ -76,6 +76,12 @@ class BlockArgs(Structure):
     ]
 
 
+class BlocksArgs(Structure):
+    """clipfast_cpu_blocks_args"""
+
+    _fields_ = [("struct_size", c_int64), ("blocks", c_void_p), ("count", c_int64)]
+
+
 class PackArgs(Structure):
     """clipfast_cpu_pack_args"""
 
@@ -111,12 +117,12 @@ class ReadArgs(Structure):
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
-    6,  # CLIPFAST_CPU_ABI_VERSION
+    7,  # CLIPFAST_CPU_ABI_VERSION
     {
         "clipfast_cpu_best": (c_int, ()),
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),
         "clipfast_cpu_attention_pool": (c_int, (POINTER(AttentionPoolArgs),)),
-        "clipfast_cpu_block": (c_int, (POINTER(BlockArgs),)),
+        "clipfast_cpu_blocks": (c_int, (POINTER(BlocksArgs),)),
         "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
         "clipfast_cpu_pack": (c_int, (POINTER(PackArgs),)),
         "clipfast_cpu_peak": (c_int, (POINTER(PeakArgs),)),

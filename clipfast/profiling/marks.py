@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from clipfast import dispatch, ops, roofline
+from clipfast.blocks import Block
 from clipfast.model import ResidualAttentionBlock
 from clipfast.packing import Rows
 from clipfast.roofline import Work
@@ -47,10 +48,12 @@ class Marks:
 def marked(model: nn.Module) -> Iterator[Marks]:
     """Inside, operators are ranges "clipfast::<operator> <number>" that know the block they are called in.
 
-    A block that a CPU computes in one call is its operators one by one here, or none of them would be seen.
+    Blocks that a CPU computes in one call are their operators one by one here, or none of them would be seen.
     """
     marks, run = Marks(), ops.run
+    # a block is known by itself, and where it is taken apart before, by its first matrix
     layers = {id(block): name for name, block in _blocks(model)}
+    layers |= {id(block.attn.in_proj_weight): name for name, block in _blocks(model)}
 
     def marked_call(operator: str, works: list[Work], call: Callable[[], Any]) -> Any:
         name = f"{PREFIX}{operator} {len(marks.calls)}"
@@ -62,23 +65,28 @@ def marked(model: nn.Module) -> Iterator[Marks]:
         works = works_of_call(operator, *arguments)
         return marked_call(operator, works, functools.partial(run, operator, x, tensors, *arguments))
 
-    def in_layer(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(block: nn.Module, *arguments: Any) -> Tensor:
-            marks.layer = layers.get(id(block), OUTSIDE)
-            try:
-                with record_function(f"{PREFIX}layer {marks.layer}"):
-                    return function(block, *arguments)
-            finally:
-                marks.layer = OUTSIDE
+    def in_layer(known_by: object, call: Callable[[], Tensor]) -> Tensor:
+        marks.layer = layers.get(id(known_by), OUTSIDE)
+        try:
+            with record_function(f"{PREFIX}layer {marks.layer}"):
+                return call()
+        finally:
+            marks.layer = OUTSIDE
 
-        return call
+    pooled, by_operators = ResidualAttentionBlock.pooled, ops.block_by_operators
 
-    kind = ResidualAttentionBlock
+    def marked_block(x: Tensor, rows: Rows, block: Block, causal: bool) -> Tensor:
+        call = functools.partial(by_operators, x, rows, block, causal)
+        return in_layer(block.weights.qkv_weight, call)
+
+    def marked_pooled(block: ResidualAttentionBlock, *arguments: Any) -> Tensor:
+        return in_layer(block, functools.partial(pooled, block, *arguments))
+
     with (
         mock.patch.object(ops, "run", marked_run),
-        mock.patch.object(dispatch, "whole_block", lambda x, weights: None),
-        mock.patch.object(kind, "packed", in_layer(kind.packed)),
-        mock.patch.object(kind, "pooled", in_layer(kind.pooled)),
+        mock.patch.object(dispatch, "whole_blocks", lambda x, blocks: None),
+        mock.patch.object(ops, "block_by_operators", marked_block),
+        mock.patch.object(ResidualAttentionBlock, "pooled", marked_pooled),
     ):
         yield marks
 

@@ -1,7 +1,6 @@
-// A residual attention block on a CPU in one call: its operators one after the other, some sequences at a time.
+// Residual attention blocks on a CPU in one call: their operators one after the other, some sequences at a time.
 //
-// One call costs what one operator's does, and the next two are a tenth of an image's time. What is computed in between
-// stays in memory of a bounded size, whatever the batch, and is still in the cache where it is read.
+// What is computed in between stays in memory of a bounded size, whatever the batch, and is in the cache where it is read.
 #include <initializer_list>
 
 #include "clipfast_cpu.h"
@@ -113,23 +112,27 @@ int some(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t se
     return code;
 }
 
-// Sequences [first, last), TOGETHER rows at a time: about as many each time, so that the last are no remainder.
-int all(const clipfast_cpu_block_args &args, int64_t first, int64_t last) {
+// Sequences [first, last) through all blocks, TOGETHER rows at a time: about as many each time, so that the last are no
+// remainder.
+int all(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t first, int64_t last) {
     static thread_local Memory kept;
-    const int32_t *const offsets = args.offsets;
-    const int64_t row = args.width * (args.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4), total = offsets[last] - offsets[first];
+    const clipfast_cpu_block_args &any = args.blocks[0];
+    const int32_t *const offsets = any.offsets;
+    const int64_t row = any.width * (any.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4), total = offsets[last] - offsets[first];
     const int64_t goal = units(total, units(total, TOGETHER)); // of rows
     while (first < last) {
         const int64_t start = offsets[first];
         int64_t end = first + 1;
         while (end < last && offsets[end + 1] - start <= TOGETHER && offsets[end] + offsets[end + 1] - 2 * start <= 2 * goal)
             end++;
-        const Between at(args, offsets[end] - start, end - first);
-        if (at.rows > 0) {
-            char *const memory = static_cast<char *>(kept.reserve(at.bytes));
+        for (int64_t i = 0; i < args.count && offsets[end] > start; i++) {
+            clipfast_cpu_block_args block = args.blocks[i];
+            block.threads = int32_t(threads);
+            char *const memory =
+                static_cast<char *>(kept.reserve(Between(block, offsets[end] - start, end - first).bytes));
             if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
-            const int code = some(args, offsets + first, end - first, static_cast<const char *>(args.x) + start * row,
-                                  static_cast<char *>(args.out) + start * row, memory);
+            const int code = some(block, offsets + first, end - first, static_cast<const char *>(block.x) + start * row,
+                                  static_cast<char *>(block.out) + start * row, memory);
             if (code != CLIPFAST_CPU_OK) return code;
         }
         first = end;
@@ -145,7 +148,7 @@ int64_t share(const clipfast_cpu_block_args &args, int64_t thread) {
     return thread == args.threads ? args.sequences : i;
 }
 
-// Do threads each take sequences of their own through the whole block? They wait for nobody then, and read only what they
+// Do threads each take sequences of their own through the blocks? They wait for nobody then, and read only what they
 // wrote.
 bool apart(const clipfast_cpu_block_args &args) {
     const int64_t total = args.offsets[args.sequences];
@@ -158,22 +161,35 @@ bool apart(const clipfast_cpu_block_args &args) {
     return most * args.threads * 100 <= total * (100 + UNEVEN);
 }
 
+bool valid(const clipfast_cpu_block_args &args) {
+    return args.struct_size == sizeof args && args.sequences >= 0 && args.width > 0 && args.hidden > 0 && args.heads > 0 &&
+           args.width % args.heads == 0 && args.threads > 0 &&
+           (args.dtype == CLIPFAST_CPU_FLOAT32 || args.dtype == CLIPFAST_CPU_BFLOAT16) &&
+           (args.sequences == 0 || (args.x != nullptr && args.out != nullptr && args.offsets != nullptr));
+}
+
+// is `b` a block that may follow on `a`?
+bool follows(const clipfast_cpu_block_args &a, const clipfast_cpu_block_args &b) {
+    return b.x == a.out && b.x != b.out && b.offsets == a.offsets && b.sequences == a.sequences && b.width == a.width &&
+           b.dtype == a.dtype && b.threads == a.threads;
+}
+
 } // namespace
 
-int clipfast_cpu_block(const clipfast_cpu_block_args *args) {
-    if (args == nullptr || args->struct_size != sizeof *args || args->sequences < 0 || args->width <= 0 ||
-        args->hidden <= 0 || args->heads <= 0 || args->width % args->heads != 0 || args->threads <= 0 ||
-        (args->dtype != CLIPFAST_CPU_FLOAT32 && args->dtype != CLIPFAST_CPU_BFLOAT16) ||
-        (args->sequences > 0 && (args->x == nullptr || args->out == nullptr || args->offsets == nullptr)))
+int clipfast_cpu_blocks(const clipfast_cpu_blocks_args *args) {
+    if (args == nullptr || args->struct_size != sizeof *args || args->count < 0 ||
+        (args->count > 0 && args->blocks == nullptr))
         return CLIPFAST_CPU_ERROR_ARGUMENT;
-    if (args->sequences == 0) return CLIPFAST_CPU_OK;
-    if (!apart(*args)) return all(*args, 0, args->sequences);
-    clipfast_cpu_block_args alone = *args;
-    alone.threads = 1;
+    for (int64_t i = 0; i < args->count; i++)
+        if (!valid(args->blocks[i]) || (i > 0 && !follows(args->blocks[i - 1], args->blocks[i])))
+            return CLIPFAST_CPU_ERROR_ARGUMENT;
+    if (args->count == 0 || args->blocks[0].sequences == 0) return CLIPFAST_CPU_OK;
+    const clipfast_cpu_block_args &any = args->blocks[0];
+    if (!apart(any)) return all(*args, any.threads, 0, any.sequences);
     int code = CLIPFAST_CPU_OK;
-#pragma omp parallel for num_threads(args->threads) schedule(static, 1)
-    for (int64_t thread = 0; thread < args->threads; thread++) {
-        const int found = all(alone, share(*args, thread), share(*args, thread + 1));
+#pragma omp parallel for num_threads(any.threads) schedule(static, 1)
+    for (int64_t thread = 0; thread < any.threads; thread++) {
+        const int found = all(*args, 1, share(any, thread), share(any, thread + 1));
         if (found != CLIPFAST_CPU_OK) {
 #pragma omp atomic write
             code = found;

@@ -1,4 +1,4 @@
-"""A residual attention block as one operator: on a CPU one call of libclipfast_cpu, elsewhere what it is made of."""
+"""Residual attention blocks as one operator: on a CPU one call of libclipfast_cpu, elsewhere what they are made of."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 import clipfast
 from clipfast import dispatch, ops, reference
-from clipfast.blocks import BlockWeights
-from clipfast.kernels import cpu_attention, cpu_block, cpu_linear, kept
+from clipfast.blocks import Block, BlockWeights
+from clipfast.kernels import cpu_attention, cpu_blocks, cpu_linear, kept
 from clipfast.packing import Rows
 
 from . import csrc
@@ -60,7 +60,7 @@ def by_kernels(x: Tensor, lengths, weights: BlockWeights, heads: int, causal: bo
 
 
 def run(x, lengths, weights, heads, causal, activation="quick_gelu", form="best"):
-    return cpu_block.block(x, Rows(tuple(lengths)), weights, heads, causal, activation, (1e-5, 1e-5), form)
+    return cpu_blocks.blocks(x, Rows(tuple(lengths)), [Block(weights, heads, activation)], causal, form)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -78,8 +78,9 @@ def test_accuracy(cpu_library, backend, lengths, width, heads, causal, activatio
     x, block = torch.randn(sum(lengths), width).to(dtype), make_weights(width, 4 * width, dtype)
     options = (heads, causal, activation)
     with torch.no_grad(), clipfast.backend(backend):
-        got = ops.block(x, offsets_of(*lengths), block, heads=heads, causal=causal, activation=activation)
-        assert (dispatch.whole_block(x, block) is cpu_block.block) == (backend == "cpu")
+        blocks = [Block(block, heads, activation)]
+        got = ops.blocks(x, offsets_of(*lengths), blocks, causal=causal)
+        assert (dispatch.whole_blocks(x, blocks) is cpu_blocks.blocks) == (backend == "cpu")
     peer = one_by_one(PEER, x, lengths, block, *options)
     assert_accurate(got, peer, exact(x, lengths, block, *options))
 
@@ -169,30 +170,52 @@ def test_threads_that_call_at_once(cpu_library):
 
 
 @by_dtype
-def test_where_it_is_what_it_is_made_of(cpu_library, dtype):
-    """With gradients, in autocast, with operands of several dtypes, where a mode looks on."""
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [[9], [50] * 12, [400, 20, 380], [1100, 1100]], ids=str)
+def test_several_blocks_are_one_after_the_other(form, lengths, threads, dtype):
+    """To the bit, whether threads share all sequences or each has its own; blocks differ in all but their width."""
+    x = torch.randn(sum(lengths), 48).to(dtype)
+    blocks = [Block(make_weights(48, hidden, dtype), *rest) for hidden, *rest in ((96, 2), (200, 4, "gelu"), (5, 1))]
+    rows = Rows(tuple(lengths))
+    expected, before = x, x.clone()
+    for block in blocks:
+        expected = by_kernels(expected, lengths, block.weights, block.heads, True, block.activation, form)
+    with csrc.threads(threads):
+        assert torch.equal(cpu_blocks.blocks(x, rows, blocks, True, form), expected)
+        two = cpu_blocks.blocks(x, rows, blocks[:2], True, form)
+        assert torch.equal(cpu_blocks.blocks(two, rows, blocks[2:], True, form), expected)
+    assert torch.equal(x, before)
+    assert torch.equal(cpu_blocks.blocks(x, rows, [], True, form), x)
+
+
+def whole(x: Tensor, weights: BlockWeights) -> bool:
+    return dispatch.whole_blocks(x, [Block(weights, 2)]) is cpu_blocks.blocks
+
+
+@by_dtype
+def test_where_they_are_what_they_are_made_of(cpu_library, dtype):
+    """With gradients, in autocast, with operands of several dtypes; one block of several is enough."""
     x, block = torch.randn(10, 64).to(dtype), make_weights(64, 128, dtype)
-    assert dispatch.whole_block(x, block) is cpu_block.block
-    assert dispatch.whole_block(x.half(), make_weights(64, 128, torch.float16)) is None
-    assert dispatch.whole_block(x, block._replace(out_weight=block.out_weight.double())) is None
+    other = block._replace(out_weight=block.out_weight.double())
+    assert whole(x, block) and not whole(x, other)
+    assert dispatch.whole_blocks(x, [Block(block, 2), Block(other, 2)]) is None
+    assert not whole(x.half(), make_weights(64, 128, torch.float16))
     with torch.autocast("cpu"):
-        assert dispatch.whole_block(x, block) is None
+        assert not whole(x, block)
     leaves = [x.clone().requires_grad_(), *(tensor.clone().requires_grad_() for tensor in block)]
-    assert dispatch.whole_block(leaves[0], block) is None
-    y = ops.block(leaves[0], [0, 10], BlockWeights(*leaves[1:]), heads=2, causal=True)
-    assert_accurate(
-        y.detach(), one_by_one(PEER, x, [10], block, 2, True, "quick_gelu"), exact(x, [10], block, 2, True, "quick_gelu")
-    )
+    assert not whole(leaves[0], block) and not whole(x, BlockWeights(*leaves[1:]))
+    y = ops.blocks(leaves[0], [0, 10], [Block(BlockWeights(*leaves[1:]), 2)], causal=True)
+    options = (x, [10], block, 2, True, "quick_gelu")
+    assert_accurate(y.detach(), one_by_one(PEER, *options), exact(*options))
     y.sum().backward()
-    assert all(leaf.grad.isfinite().all() for leaf in leaves)
-    # the keys' bias adds the same to every score
-    assert all(leaf.grad.any() for leaf in leaves)
+    # the keys' bias adds the same to every score, but is no number of its own here
+    assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
 
 
-def test_explain_shows_its_operators(cpu_library, monkeypatch):
+def test_explain_shows_their_operators(cpu_library, monkeypatch):
     monkeypatch.setattr(dispatch, "_decisions", {})
     with torch.no_grad():
-        ops.block(torch.randn(4, 64), [0, 4], make_weights(64, 64), heads=2, causal=False)
+        ops.blocks(torch.randn(4, 64), [0, 4], [Block(make_weights(64, 64), 2)], causal=False)
     assert [(row[0], row[3].backend) for row in clipfast.explain()] == [
         (operator, "cpu") for operator in ("attention", "linear", "mlp")
     ]
@@ -203,6 +226,7 @@ def test_explain_shows_its_operators(cpu_library, monkeypatch):
     [
         ({"x": torch.zeros(5, 63)}, r"norm_1_weight must be \[63\], got \[64\]"),
         ({"x": torch.zeros(4, 64)}, r"offsets end at 5 but x has 4 rows"),
+        ({"x": torch.zeros(5, 1, 64)}, r"x must be \[\*, \*\], got \[5, 1, 64\]"),
         ({"qkv_weight": torch.zeros(64, 64)}, r"qkv_weight must be \[192, 64\], got \[64, 64\]"),
         ({"fc1_bias": torch.zeros(7)}, r"fc1_bias must be \[128\], got \[7\]"),
         ({"fc2_weight": torch.zeros(64, 64)}, r"fc2_weight must be \[64, 128\], got \[64, 64\]"),
@@ -211,12 +235,17 @@ def test_explain_shows_its_operators(cpu_library, monkeypatch):
     ],
 )
 def test_refusals(changes, message):
-    arguments = {"x": torch.zeros(5, 64), "heads": 2, "activation": "gelu"}
-    options = arguments | {name: value for name, value in changes.items() if name in arguments}
-    changed = {name: value for name, value in changes.items() if name not in arguments}
-    block = make_weights(64, 128)._replace(**changed)
+    changes = {"x": torch.zeros(5, 64), "heads": 2, "activation": "gelu"} | changes
+    x, heads, activation = (changes.pop(name) for name in ("x", "heads", "activation"))
+    good, bad = make_weights(64, 128), make_weights(64, 128)._replace(**changes)
     with pytest.raises(ValueError, match=message):
-        ops.block(options.pop("x"), [0, 5], block, causal=False, **options)
+        ops.blocks(x, [0, 5], [Block(good, 2), Block(bad, heads, activation)], causal=False)
+
+
+def test_another_device():
+    block = make_weights(64, 128)
+    with pytest.raises(RuntimeError, match="x is on cpu but fc1_bias is on meta; move one of them"):
+        ops.blocks(torch.zeros(5, 64), [0, 5], [Block(block._replace(fc1_bias=block.fc1_bias.to("meta")), 2)], causal=True)
 
 
 def test_dtypes_that_differ(cpu_library):
