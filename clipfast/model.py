@@ -42,7 +42,7 @@ from clipfast.inputs import (
 )
 from clipfast.packing import PackedText, Rows, pack_text
 from clipfast.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
-from clipfast.watch import CALLS, FUNCTIONS, as_made, looked_at, plain, still_as_made
+from clipfast.watch import CALLS, FUNCTIONS, as_made, gathered, looked_at, plain, still_as_made
 
 __all__ = [
     "CLIP",
@@ -176,10 +176,9 @@ class ResidualAttentionBlock(nn.Module):
         """The block on packed rows [T, W]."""
         return ops.blocks(x, rows, [self.for_ops()], causal=causal)
 
-    def for_ops(self) -> Block:
-        """What it is made of, as `ops.blocks` takes it."""
+    def weights(self) -> BlockWeights:
         attn, norm_1, norm_2, fc1, fc2 = self.attn, self.ln_1, self.ln_2, self.mlp.c_fc, self.mlp.c_proj
-        weights = BlockWeights(
+        return BlockWeights(
             norm_1_weight=norm_1.weight,
             norm_1_bias=norm_1.bias,
             qkv_weight=attn.in_proj_weight,
@@ -193,8 +192,11 @@ class ResidualAttentionBlock(nn.Module):
             fc2_weight=fc2.weight,
             fc2_bias=fc2.bias,
         )
+
+    def for_ops(self, weights: BlockWeights | None = None) -> Block:
+        """The block as `ops.blocks` takes it.   weights: its own, if they are at hand."""
         activation = "quick_gelu" if type(self.mlp.gelu) is _MADE.quick_gelu else "gelu"
-        return Block(weights, attn.num_heads, activation, (norm_1.eps, norm_2.eps))
+        return Block(weights or self.weights(), self.attn.num_heads, activation, (self.ln_1.eps, self.ln_2.eps))
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor) -> Tensor:
         """The block's result for the rows index [B] alone, each the last its attention may see (or bidirectional)."""
@@ -279,7 +281,9 @@ class Transformer(nn.Module):
             for block in blocks:
                 x = self._kept_or_again(block.packed, x, rows, causal)
             return x
-        return ops.blocks(x, rows, [block.for_ops() for block in blocks], causal=causal)
+        weights = gathered(self, lambda: [block.weights() for block in self.resblocks])
+        made_of = [block.for_ops(of_block) for block, of_block in zip(blocks, weights, strict=False)]
+        return ops.blocks(x, rows, made_of, causal=causal)
 
     def _kept_or_again(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """A block's result; what its gradients need is kept, or with grad_checkpointing computed again."""

@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter, is_, itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from torch.nn.modules.normalization import LayerNorm
 from torch.nn.modules.sparse import Embedding
 
 from clipfast import compat, dispatch
+
+Gathered = TypeVar("Gathered")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions that openai/CLIP looks up on each call
@@ -69,6 +71,13 @@ class Functions:
         self.owners.append(owner)
         self.names.append(name)
         self.first.append(function)
+
+    def gathered(self, gather: Callable[[], Gathered]) -> Gathered:
+        tensors = self._tensors()
+        of, found = self.gathered_of
+        if len(of) != len(tensors) or not all(map(is_, of, tensors)):
+            self.gathered_of = (tensors, found := gather())
+        return found
 
     def unchanged(self) -> bool:
         return all(map(is_, map(getattr, self.owners, self.names), self.first)) or self._changed_back()
@@ -158,6 +167,15 @@ def still_as_made(module: nn.Module, parts: Callable[[], list[nn.Module] | None]
     return True
 
 
+def gathered(module: nn.Module, gather: Callable[[], Gathered]) -> Gathered:
+    """gather(), which brings together parameters of the parts that `still_as_made` has just found, now or before.
+
+    It is called again once one of them is another object: for a hundred modules that is a sixth of the time.
+    """
+    record = vars(module).get("_record")
+    return gather() if record is None else record.gathered(gather)
+
+
 def parameters_of(module: nn.Module) -> Iterator[dict[str, Tensor | None]]:
     """The parameters of a module and of those parts that `still_as_made` found, by module."""
     record = vars(module).get("_record")
@@ -189,6 +207,7 @@ class _Record:
             self._keep(attributes["_modules"], attributes["_modules"])
         for module in modules:
             self._keep(vars(module), [name for name in _METHODS if hasattr(module, name)])
+        self.gathered_of: tuple[list[Tensor | None], Any] = ([], None)
         self.sizes = [*map(len, self.attributes)]
         self.children = [attributes["_modules"] for attributes in self.attributes]
         self.order = [*map(tuple, self.children)]
@@ -213,6 +232,13 @@ class _Record:
             return False
         there = [*itertools.compress(tensors, self.present)]
         return [*map(_SHAPE, there)] == self.shapes and [*map(_LAYOUT, there)] == self.layouts
+
+    def gathered(self, gather: Callable[[], Gathered]) -> Gathered:
+        tensors = self._tensors()
+        of, found = self.gathered_of
+        if len(of) != len(tensors) or not all(map(is_, of, tensors)):
+            self.gathered_of = (tensors, found := gather())
+        return found
 
     def unchanged(self) -> bool:
         # `map` and its functions run in C: no frame of Python's for each module

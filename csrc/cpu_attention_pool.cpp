@@ -43,12 +43,12 @@ inline Doubles wide(const double *from, double) {
     return x;
 }
 
-// a register of S; if there are only n, then zeros
+// a register of S; if there are only n, or none, then zeros
 template <typename S, typename T>
 inline Vector<S> wide_some(const T *from, int64_t n) {
     if (n >= WIDE<S>) return wide(from, S{});
     T some[WIDE<S>] = {};
-    memcpy(some, from, n * sizeof(T));
+    if (n > 0) memcpy(some, from, n * sizeof(T));
     return wide(some, S{});
 }
 
@@ -91,20 +91,26 @@ void dots_of(int64_t rows, int64_t columns, const A *a, int64_t a_stride, const 
         dots<R, ACROSS>(a, a_stride, b, b_stride, n, out);
 }
 
-// to[R][n] = weights[R][k] . rows[k][n], a register of columns after the other
+// to[R][n] = factor weights[R][k] . rows[k][n], a line of memory after the other; `to` is written up to a whole line
 template <int R, typename S, typename T>
 void mix(const S *weights, int64_t w_stride, const T *rows, int64_t stride, int64_t k, int64_t n, S factor, S *to,
          int64_t to_stride) {
-    for (int64_t i = 0; i < n; i += WIDE<S>) {
-        Vector<S> sums[R] = {};
+    constexpr int64_t EACH = 2 * WIDE<S>;
+    for (int64_t i = 0; i < n; i += EACH) {
+        Vector<S> sums[R][2] = {};
         for (int64_t j = 0; j < k; j++) {
-            const Vector<S> row = wide_some<S>(rows + j * stride + i, n - i);
-            for (int r = 0; r < R; r++) sums[r] += row * weights[r * w_stride + j];
+            const T *const from = rows + j * stride + i;
+            const Vector<S> first = wide_some<S>(from, n - i), second = wide_some<S>(from + WIDE<S>, n - i - WIDE<S>);
+            for (int r = 0; r < R; r++) {
+                sums[r][0] += first * weights[r * w_stride + j];
+                sums[r][1] += second * weights[r * w_stride + j];
+            }
         }
-        for (int r = 0; r < R; r++) {
-            sums[r] *= factor;
-            memcpy(to + r * to_stride + i, &sums[r], sizeof sums[r]);
-        }
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < 2; c++) {
+                sums[r][c] *= factor;
+                memcpy(to + r * to_stride + i + c * WIDE<S>, &sums[r][c], sizeof sums[r][c]);
+            }
     }
 }
 
@@ -139,7 +145,7 @@ struct Pool {
     const int64_t terms, head, heads, wide_terms, longest;
 
     Pool(const clipfast_cpu_attention_pool_args &args, int64_t longest)
-        : args(args), terms(args.terms), head(args.inner / args.heads), heads(args.heads), wide_terms(padded(args.terms)),
+        : args(args), terms(args.terms), head(args.inner / args.heads), heads(args.heads), wide_terms(up(args.terms, 2 * WIDE<S>)),
           longest(longest) {}
 
     int64_t sums_of_thread() const { return DOWN * longest + SEQUENCES * head; }
