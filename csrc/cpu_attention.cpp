@@ -20,7 +20,6 @@ constexpr int64_t BLOCK = 48;  // queries, at most, whose scores exist at a time
 // heads took 0.116 ms and not 0.100, 16 captions of 16 rows 0.164 and not 0.157 (AMD EPYC (Zen 4), one thread)
 constexpr int64_t CAUSAL = 12;
 constexpr int64_t CHAIN = 128; // steps summed in one chain: longer ones would round more than PyTorch's
-constexpr int64_t LINE = 64;   // bytes that a CPU loads together
 constexpr int TURNS = 16;      // in which a thread takes its tasks, if there are so many
 
 // one side of a product: rows, or registers, of words
@@ -154,7 +153,7 @@ struct Sizes {
     int64_t wide() const { return padded(width); }
     int64_t words() const {
         const int64_t keys = padded(longest);
-        return up(keys * steps() + keys * wide() + BLOCK * (up(steps(), LANES) + wide() + keys), LINE / 4);
+        return apart(4 * (keys * steps() + keys * wide() + BLOCK * (up(steps(), LANES) + wide() + keys))) / 4;
     }
 };
 

@@ -148,8 +148,8 @@ struct Pool {
         : args(args), terms(args.terms), head(args.inner / args.heads), heads(args.heads), wide_terms(up(args.terms, 2 * WIDE<S>)),
           longest(longest) {}
 
-    int64_t sums_of_thread() const { return DOWN * longest + SEQUENCES * head; }
-    int64_t sums() const { return SEQUENCES * heads * wide_terms; }
+    int64_t sums_of_thread() const { return apart(sizeof(S) * (DOWN * longest + SEQUENCES * head)) / int64_t(sizeof(S)); }
+    int64_t sums() const { return apart(sizeof(S) * SEQUENCES * heads * wide_terms) / int64_t(sizeof(S)); }
     const T *row(const void *matrix, int64_t row) const { return static_cast<const T *>(matrix) + row * terms; }
     S at(const void *vector, int64_t i) const {
         return vector == nullptr ? 0 : one(static_cast<const T *>(vector) + i);

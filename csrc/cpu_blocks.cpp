@@ -150,7 +150,7 @@ int64_t share(const clipfast_cpu_block_args &args, int64_t thread) {
 
 // Do threads each take sequences of their own through the blocks? They wait for nobody then, and read only what they
 // wrote.
-bool apart(const clipfast_cpu_block_args &args) {
+bool by_themselves(const clipfast_cpu_block_args &args) {
     const int64_t total = args.offsets[args.sequences];
     if (args.threads == 1 || total < ALONE * args.threads) return false;
     int64_t most = 0;
@@ -185,7 +185,7 @@ int clipfast_cpu_blocks(const clipfast_cpu_blocks_args *args) {
             return CLIPFAST_CPU_ERROR_ARGUMENT;
     if (args->count == 0 || args->blocks[0].sequences == 0) return CLIPFAST_CPU_OK;
     const clipfast_cpu_block_args &any = args->blocks[0];
-    if (!apart(any)) return all(*args, any.threads, 0, any.sequences);
+    if (!by_themselves(any)) return all(*args, any.threads, 0, any.sequences);
     int code = CLIPFAST_CPU_OK;
 #pragma omp parallel for num_threads(any.threads) schedule(static, 1)
     for (int64_t thread = 0; thread < any.threads; thread++) {

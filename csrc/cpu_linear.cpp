@@ -266,8 +266,8 @@ int linear(const clipfast_cpu_linear_args &args) {
     if (args.rows == 0 || args.columns == 0) return CLIPFAST_CPU_OK;
     const Product<T> product(args);
     const int64_t blocks = units(args.rows, BLOCK), most = units(args.rows, blocks);
-    const int64_t of_x = product.chains.count * most * CHAIN, of_row = up(product.chains.words, LINE / 4);
-    const int64_t of_thread = 2 * PANEL * CHAIN + most * GROUP + of_row;
+    const int64_t of_x = apart(4 * product.chains.count * most * CHAIN) / 4;
+    const int64_t of_thread = apart(4 * (2 * PANEL * CHAIN + most * GROUP + product.chains.words)) / 4;
     static thread_local Memory kept;
     uint32_t *const x = static_cast<uint32_t *>(kept.reserve(4 * (of_x + args.threads * of_thread)));
     if (x == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;

@@ -28,6 +28,11 @@ inline void use_large_pages(void *memory, int64_t bytes) {
 #endif
 }
 
+// Bytes from one thread's part of memory to the next one's. A core asks ahead for what it may touch next, up to 8 KiB
+// behind what it touches, and so took lines from the core that was writing them: two threads whose parts lay side by side
+// multiplied 50 rows at 110 to 165 GFLOP/s, and 180 since they do not (AMD EPYC, Zen 4, held to AVX2, bfloat16).
+inline int64_t apart(int64_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE + 4 * PAGE; }
+
 // One operator's, of one thread.
 class Memory {
   public:
