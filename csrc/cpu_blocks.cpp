@@ -119,6 +119,7 @@ int all(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t first, in
     const clipfast_cpu_block_args &any = args.blocks[0];
     const int32_t *const offsets = any.offsets;
     const int64_t row = any.width * (any.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4), total = offsets[last] - offsets[first];
+    if (total == 0) return CLIPFAST_CPU_OK; // a thread's share may be none: 39 equal sequences on 40 threads
     const int64_t goal = units(total, units(total, TOGETHER)); // of rows
     while (first < last) {
         const int64_t start = offsets[first];

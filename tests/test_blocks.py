@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,6 +15,7 @@ import clipfast
 from clipfast import dispatch, ops, reference
 from clipfast.blocks import Block, BlockWeights
 from clipfast.kernels import cpu_attention, cpu_blocks, cpu_linear, kept
+from clipfast.kernels.cpu_library import BlockArgs, BlocksArgs
 from clipfast.packing import Rows
 
 from . import csrc
@@ -186,6 +188,25 @@ def test_several_blocks_are_one_after_the_other(form, lengths, threads, dtype):
         assert torch.equal(cpu_blocks.blocks(two, rows, blocks[2:], True, form), expected)
     assert torch.equal(x, before)
     assert torch.equal(cpu_blocks.blocks(x, rows, [], True, form), x)
+
+
+@pytest.mark.parametrize(("count", "threads"), [(39, 40), (63, 64), (62, 63)])
+def test_a_thread_without_sequences(cpu_library, count, threads):
+    """Of n - 1 equal sequences on n threads one gets none, and the others no more than may be."""
+    x, block = torch.randn(100 * count, 8), make_weights(8, 8)
+    expected = run(x, [100] * count, block, 1, False)
+    with csrc.threads(threads):
+        assert torch.equal(run(x, [100] * count, block, 1, False), expected)
+
+
+def test_sequences_without_rows(cpu_library):
+    """In the library itself: Python does not ask it."""
+    offsets = (ctypes.c_int32 * 3)()
+    anything = ctypes.addressof(offsets)
+    args = BlockArgs(ctypes.sizeof(BlockArgs), anything, anything, anything)
+    args.sequences, args.width, args.hidden, args.heads, args.threads = 2, 8, 8, 1, 2
+    all_args = BlocksArgs(ctypes.sizeof(BlocksArgs), ctypes.addressof(args), 1)
+    assert cpu_library.clipfast_cpu_blocks(all_args) == 0
 
 
 def whole(x: Tensor, weights: BlockWeights) -> bool:
