@@ -72,13 +72,6 @@ class Functions:
         self.names.append(name)
         self.first.append(function)
 
-    def gathered(self, gather: Callable[[], Gathered]) -> Gathered:
-        tensors = self._tensors()
-        of, found = self.gathered_of
-        if len(of) != len(tensors) or not all(map(is_, of, tensors)):
-            self.gathered_of = (tensors, found := gather())
-        return found
-
     def unchanged(self) -> bool:
         return all(map(is_, map(getattr, self.owners, self.names), self.first)) or self._changed_back()
 
