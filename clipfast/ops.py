@@ -127,7 +127,9 @@ def mlp(
     _expect("fc2_weight", fc2_weight, width, hidden)
     _expect("fc2_bias", fc2_bias, width)
     _expect_activation(activation, ACTIVATIONS)
-    _expect_one_device("x", x, norm_weight=norm_weight, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    fc1, fc2 = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias}, {"fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    _expect_one_device("x", x, **norm, **fc1, **fc2)
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return run("mlp", x, tensors, *tensors, activation, eps)
 
@@ -231,7 +233,7 @@ def attention_pool(
     for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
         _expect(f"{name}_weight", weight, inner, width)
         _expect(f"{name}_bias", bias, inner)
-    _expect_one_device("tokens", tokens, query=query, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight)
+        _expect_one_device("tokens", tokens, **{"query": query, f"{name}_weight": weight, f"{name}_bias": bias})
     tensors = (query, tokens, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
     return run("attention_pool", tokens, tensors, query, tokens, rows, *tensors[2:], heads)
 
@@ -292,7 +294,7 @@ def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tenso
     _expect("norm_weight", norm_weight, x.shape[-1])
     _expect("norm_bias", norm_bias, x.shape[-1])
     _expect("projection", projection, x.shape[-1], -1)
-    _expect_one_device("x", x, norm_weight=norm_weight, projection=projection)
+    _expect_one_device("x", x, norm_weight=norm_weight, norm_bias=norm_bias, projection=projection)
     return run("project", x, (x, norm_weight, norm_bias, projection), x, norm_weight, norm_bias, projection, eps)
 
 

@@ -411,9 +411,12 @@ def test_wrong_arguments_are_named():
         lambda: ops.layer_norm(x, affine[0].to("meta"), affine[1]),
         lambda: ops.linear(x, weight, bias.to("meta")),
         lambda: ops.mlp(*swap(mlp, 3, mlp[3].to("meta"))),
+        *(lambda i=i: ops.mlp(*swap(mlp, i, mlp[i].to("meta"))) for i in (2, 4, 6)),
         lambda: ops.attention_pool(*swap(pool, 0, pool[0].to("meta")), heads=2),
+        *(lambda i=i: ops.attention_pool(*swap(pool, i, pool[i].to("meta")), heads=2) for i in (4, 6, 8)),
         lambda: ops.patch_embed(*swap(patch, 0, patch[0].to("meta"))),
         lambda: ops.project(x, *affine, torch.ones(6, 2, device="meta")),
+        lambda: ops.project(x, affine[0], affine[1].to("meta"), torch.ones(6, 2)),
         lambda: ops.logits(x, x.to("meta"), torch.tensor(1.0)),
     ):
         with pytest.raises(RuntimeError, match="is on (cpu|meta) but .* is on (meta|cpu); move one of them"):
