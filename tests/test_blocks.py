@@ -161,6 +161,18 @@ def test_packed_weights_give_the_same_and_edits_are_seen(form, dtype):
         kept.forget(matrices)
 
 
+@by_dtype
+def test_views_whose_signs_are_to_be_changed(cpu_library, dtype):
+    """As the imaginary part of a conjugate is: its memory has the other signs."""
+    x, block = torch.randn(9, 64).to(dtype), make_weights(64, 96, dtype)
+    expected = run(x, [9], block, 2, True)
+    negative = BlockWeights(*(torch._neg_view(-tensor) for tensor in block))
+    assert all(tensor.is_neg() for tensor in negative)
+    assert torch.equal(run(torch._neg_view(-x), [9], negative, 2, True), expected)
+    packed = cpu_linear.pack(block.fc1_weight, "best")
+    assert torch.equal(cpu_linear.pack(negative.fc1_weight, "best"), packed)
+
+
 def test_threads_that_call_at_once(cpu_library):
     """Each has its own memory for what is computed in between."""
     block = make_weights(64, 256)

@@ -43,7 +43,10 @@ def _read(weights: BlockWeights, dtype: torch.dtype, instructions: str) -> tuple
     for name, is_norm, tensor in zip(BlockWeights._fields, IS_NORM, weights, strict=True):
         if tensor is None:
             read.append(None)
-        elif tensor.ndim == 1:
+            continue
+        if tensor.is_neg():  # PyTorch resolves it before an operator that it knows
+            tensor = tensor.resolve_neg()
+        if tensor.ndim == 1:
             read.append(_as(tensor, torch.float32 if is_norm else dtype))
         elif tensor.dtype != dtype:
             raise TypeError(f"x is {dtype}, {name} {tensor.dtype}: they must have one dtype")
@@ -62,7 +65,7 @@ def blocks(x: Tensor, rows: Rows, blocks: Sequence[Block], causal: bool, instruc
     instructions: "best", or "baseline", "avx2", "avx512", "avx512_bf16" to force one.
     Raises: RuntimeError if the library is missing or this CPU has not the instructions, TypeError if dtypes differ.
     """
-    x, offsets = x.contiguous(), rows.derive("offsets", Rows.offsets, x.device)
+    x, offsets = x.resolve_neg().contiguous(), rows.derive("offsets", Rows.offsets, x.device)
     if not len(blocks) or not len(x):
         return x.clone()
     # each block writes where the next one reads, and the one after that again where it read

@@ -91,7 +91,7 @@ def pack(weight: Tensor, instructions: str) -> Tensor:
     panel (8 to 32 columns) and K to one of 8 words.
     Raises: as `linear`.
     """
-    weight = weight.detach().contiguous()
+    weight = weight.detach().resolve_neg().contiguous()
     size = ctypes.c_int64()
 
     def call(to: Tensor | None) -> None:
