@@ -152,9 +152,7 @@ def attention(
     return run("attention", qkv, (qkv,), qkv, rows, causal, scale)
 
 
-def blocks(
-    x: Tensor, offsets: Rows | Tensor | Sequence[int], blocks: Sequence[Block], *, causal: bool
-) -> Tensor:
+def blocks(x: Tensor, offsets: Rows | Tensor | Sequence[int], blocks: Sequence[Block], *, causal: bool) -> Tensor:
     """Residual attention blocks one after the other: y = x + out(attention(qkv(LayerNorm(x)))), then `mlp` of y.
 
     One operator where a backend has it so, else those they are made of, each where it runs best.
@@ -181,13 +179,15 @@ def blocks(
 
 def _expect_block(x: Tensor, block: Block) -> None:
     weights, width, hidden = block.weights, x.shape[1], block.weights.fc1_weight.shape[0]
-    shapes = ((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,))
-    shapes += ((hidden, width), (hidden,), (width, hidden), (width,))
+    shapes: list[tuple[int, ...]] = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+    shapes += [(width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)]
     for name, tensor, shape in zip(BlockWeights._fields, weights, shapes, strict=True):
+        if tensor is None and name not in ("qkv_bias", "out_bias"):
+            raise ValueError(f"{name} must be a tensor, got None: only qkv_bias and out_bias may be None")
         if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
             _expect(name, tensor, *shape)
             _expect_one_device("x", x, **{name: tensor})
-    if width % block.heads:
+    if block.heads < 1 or width % block.heads:
         raise ValueError(f"x is {width} wide, which does not divide into {block.heads} heads")
     _expect_activation(block.activation, ACTIVATIONS)
 
@@ -228,7 +228,7 @@ def attention_pool(
     _expect_rows("tokens", tokens, rows)
     if 0 in rows.lengths:
         raise ValueError("every sequence needs a row to attend to, and one is empty")
-    if inner % heads:
+    if heads < 1 or inner % heads:
         raise ValueError(f"q_weight has {inner} rows, which do not divide into {heads} heads")
     for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
         _expect(f"{name}_weight", weight, inner, width)

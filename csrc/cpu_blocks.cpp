@@ -11,6 +11,8 @@ namespace {
 
 // rows that pass together, unless one sequence has more: as many as `clipfast_cpu_linear` copies at a time
 constexpr int64_t TOGETHER = 1024;
+// and of a thread that takes sequences of its own: enough that making a weight's panels is a small part of the work
+constexpr int64_t FEWEST = 256;
 // Rows of each thread from which on threads take sequences of their own, if none has UNEVEN percent more than its share.
 // ViT-B/32, two threads, AMD EPYC (Zen 4): 1 image each 2 % slower so, 2 images as fast and 9 % faster where another
 // program disturbed one core, 8 images and 16 captions 1 to 2 % faster.
@@ -112,19 +114,19 @@ int some(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t se
     return code;
 }
 
-// Sequences [first, last) through all blocks, TOGETHER rows at a time: about as many each time, so that the last are no
+// Sequences [first, last) through all blocks, `most` rows at a time: about as many each time, so that the last are no
 // remainder.
-int all(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t first, int64_t last) {
+int all(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t most, int64_t first, int64_t last) {
     static thread_local Memory kept;
     const clipfast_cpu_block_args &any = args.blocks[0];
     const int32_t *const offsets = any.offsets;
     const int64_t row = any.width * (any.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4), total = offsets[last] - offsets[first];
     if (total == 0) return CLIPFAST_CPU_OK; // a thread's share may be none: 39 equal sequences on 40 threads
-    const int64_t goal = units(total, units(total, TOGETHER)); // of rows
+    const int64_t goal = units(total, units(total, most)); // of rows
     while (first < last) {
         const int64_t start = offsets[first];
         int64_t end = first + 1;
-        while (end < last && offsets[end + 1] - start <= TOGETHER && offsets[end] + offsets[end + 1] - 2 * start <= 2 * goal)
+        while (end < last && offsets[end + 1] - start <= most && offsets[end] + offsets[end + 1] - 2 * start <= 2 * goal)
             end++;
         for (int64_t i = 0; i < args.count && offsets[end] > start; i++) {
             clipfast_cpu_block_args block = args.blocks[i];
@@ -186,11 +188,13 @@ int clipfast_cpu_blocks(const clipfast_cpu_blocks_args *args) {
             return CLIPFAST_CPU_ERROR_ARGUMENT;
     if (args->count == 0 || args->blocks[0].sequences == 0) return CLIPFAST_CPU_OK;
     const clipfast_cpu_block_args &any = args->blocks[0];
-    if (!by_themselves(any)) return all(*args, any.threads, 0, any.sequences);
+    if (!by_themselves(any)) return all(*args, any.threads, TOGETHER, 0, any.sequences);
+    // each thread has memory of its own for them: the more there are, the fewer rows
+    const int64_t most = TOGETHER / any.threads < FEWEST ? FEWEST : TOGETHER / any.threads;
     int code = CLIPFAST_CPU_OK;
 #pragma omp parallel for num_threads(any.threads) schedule(static, 1)
     for (int64_t thread = 0; thread < any.threads; thread++) {
-        const int found = all(*args, 1, share(any, thread), share(any, thread + 1));
+        const int found = all(*args, 1, most, share(any, thread), share(any, thread + 1));
         if (found != CLIPFAST_CPU_OK) {
 #pragma omp atomic write
             code = found;

@@ -185,7 +185,7 @@ def test_threads_that_call_at_once(cpu_library):
 
 @by_dtype
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("lengths", [[9], [50] * 12, [400, 20, 380], [1100, 1100]], ids=str)
+@pytest.mark.parametrize("lengths", [[9], [50] * 12, [400, 20, 380], [1100, 1100], [50] * 36], ids=str)
 def test_several_blocks_are_one_after_the_other(form, lengths, threads, dtype):
     """To the bit, whether threads share all sequences or each has its own; blocks differ in all but their width."""
     x = torch.randn(sum(lengths), 48).to(dtype)
@@ -263,6 +263,9 @@ def test_explain_shows_their_operators(cpu_library, monkeypatch):
         ({"qkv_weight": torch.zeros(64, 64)}, r"qkv_weight must be \[192, 64\], got \[64, 64\]"),
         ({"fc1_bias": torch.zeros(7)}, r"fc1_bias must be \[128\], got \[7\]"),
         ({"fc2_weight": torch.zeros(64, 64)}, r"fc2_weight must be \[64, 128\], got \[64, 64\]"),
+        ({"norm_2_bias": None}, "norm_2_bias must be a tensor, got None"),
+        ({"heads": 0}, "x is 64 wide, which does not divide into 0 heads"),
+        ({"heads": -2}, "x is 64 wide, which does not divide into -2 heads"),
         ({"heads": 5}, "x is 64 wide, which does not divide into 5 heads"),
         ({"activation": "relu"}, "activation must be one of"),
     ],
@@ -278,7 +281,9 @@ def test_refusals(changes, message):
 def test_another_device():
     block = make_weights(64, 128)
     with pytest.raises(RuntimeError, match="x is on cpu but fc1_bias is on meta; move one of them"):
-        ops.blocks(torch.zeros(5, 64), [0, 5], [Block(block._replace(fc1_bias=block.fc1_bias.to("meta")), 2)], causal=True)
+        ops.blocks(
+            torch.zeros(5, 64), [0, 5], [Block(block._replace(fc1_bias=block.fc1_bias.to("meta")), 2)], causal=True
+        )
 
 
 def test_dtypes_that_differ(cpu_library):

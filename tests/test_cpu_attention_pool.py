@@ -1,4 +1,4 @@
-"""One query for each sequence on a CPU: within the house rule in every form of libclipfast_cpu that this CPU can run."""
+"""One query for each sequence on a CPU: within the house rule in every form that this CPU can run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 def run(case: Case, form: str = "best") -> Tensor:
     query, tokens, offsets, *projections = case.arguments
-    return cpu_attention_pool.attention_pool(
-        query, tokens, Rows.of(offsets), *projections, case.options["heads"], form
-    )
+    return cpu_attention_pool.attention_pool(query, tokens, Rows.of(offsets), *projections, case.options["heads"], form)
 
 
 def check(case: Case, form: str) -> None:

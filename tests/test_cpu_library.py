@@ -211,7 +211,13 @@ REFUSED = [
     ),
 )
 def test_refusals_have_a_text(cpu_library, operator, changes):
-    makers = {"attention": attention_args, "attention_pool": pool_args, "blocks": blocks_args, "linear": linear_args, "pack": pack_args}
+    makers = {
+        "attention": attention_args,
+        "attention_pool": pool_args,
+        "blocks": blocks_args,
+        "linear": linear_args,
+        "pack": pack_args,
+    }
     arguments = makers[operator](**changes)
     code = getattr(cpu_library, f"clipfast_cpu_{operator}")(arguments)
     assert code == -1

@@ -28,14 +28,14 @@ def _attention_pool_fwd(
         if tensor.dtype != dtype:
             raise TypeError(f"tokens are {dtype}, {name} {tensor.dtype}: they must have one dtype")
     q_bias, v_bias = (None if bias is None else bias.to(dtype).contiguous() for bias in (q_bias, v_bias))
-    read = (query.contiguous(), tokens.contiguous(), offsets, q_weight.contiguous(), q_bias)
-    read += (k_weight.contiguous(), v_weight.contiguous(), v_bias)
+    query, tokens, q_weight = query.contiguous(), tokens.contiguous(), q_weight.contiguous()
+    k_weight, v_weight = k_weight.contiguous(), v_weight.contiguous()
     out = query.new_empty(len(query), len(q_weight))
     if not out.numel():
         return out
     args = AttentionPoolArgs(
         ctypes.sizeof(AttentionPoolArgs),
-        *map(pointer, (*read, out)),
+        *map(pointer, (query, tokens, offsets, q_weight, q_bias, k_weight, v_weight, v_bias, out)),
         len(query),
         query.shape[1],
         len(q_weight),

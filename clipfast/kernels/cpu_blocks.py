@@ -76,7 +76,7 @@ def blocks(x: Tensor, rows: Rows, blocks: Sequence[Block], causal: bool, instruc
         read, layouts = _read(block.weights, x.dtype, instructions)
         alive.append(read)  # until the call has returned
         target = outs[number % 2]
-        args[number] = (
+        args[number] = BlockArgs(
             SIZE,
             source.data_ptr(),
             target.data_ptr(),

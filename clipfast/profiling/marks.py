@@ -84,7 +84,7 @@ def marked(model: nn.Module) -> Iterator[Marks]:
 
     with (
         mock.patch.object(ops, "run", marked_run),
-        mock.patch.object(dispatch, "whole_blocks", lambda x, blocks: None),
+        mock.patch.object(dispatch, "whole_blocks", return_value=None),
         mock.patch.object(ops, "block_by_operators", marked_block),
         mock.patch.object(ResidualAttentionBlock, "pooled", marked_pooled),
     ):
