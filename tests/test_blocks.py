@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import clipfast
-from clipfast import dispatch, ops, reference
+from clipfast import dispatch, ops, reference, tuning
 from clipfast.blocks import Block, BlockWeights
 from clipfast.kernels import cpu_attention, cpu_blocks, cpu_linear, kept
 from clipfast.kernels.cpu_library import BlockArgs, BlocksArgs
@@ -221,12 +221,19 @@ def test_sequences_without_rows(cpu_library):
     assert cpu_library.clipfast_cpu_blocks(all_args) == 0
 
 
+@pytest.fixture
+def preferred(cpu_library, monkeypatch):
+    """Our products, on a CPU for which oneDNN has kernels, too."""
+    monkeypatch.setattr(tuning, "onednn_is_better", lambda *of: None)
+    monkeypatch.setattr(dispatch, "_decisions", {})
+
+
 def whole(x: Tensor, weights: BlockWeights) -> bool:
     return dispatch.whole_blocks(x, [Block(weights, 2)]) is cpu_blocks.blocks
 
 
 @by_dtype
-def test_where_they_are_what_they_are_made_of(cpu_library, dtype):
+def test_where_they_are_what_they_are_made_of(preferred, dtype):
     """With gradients, in autocast, with operands of several dtypes; one block of several is enough."""
     x, block = torch.randn(10, 64).to(dtype), make_weights(64, 128, dtype)
     other = block._replace(out_weight=block.out_weight.double())
@@ -245,8 +252,7 @@ def test_where_they_are_what_they_are_made_of(cpu_library, dtype):
     assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
 
 
-def test_explain_shows_their_operators(cpu_library, monkeypatch):
-    monkeypatch.setattr(dispatch, "_decisions", {})
+def test_explain_shows_their_operators(preferred):
     with torch.no_grad():
         ops.blocks(torch.randn(4, 64), [0, 4], [Block(make_weights(64, 64), 2)], causal=False)
     assert [(row[0], row[3].backend) for row in clipfast.explain()] == [
