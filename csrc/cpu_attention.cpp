@@ -16,8 +16,8 @@ namespace {
 constexpr int ACROSS = LANES == 16 ? 4 : 2;
 constexpr int TALL = 6;        // queries, at most, that are multiplied together
 constexpr int64_t BLOCK = 48;  // queries, at most, whose scores exist at a time
-// as many in causal attention, where a block goes only as far as its last query: with 48 rather than 12, 77 rows of 8
-// heads took 0.116 ms and not 0.100, 16 captions of 16 rows 0.164 and not 0.157 (AMD EPYC (Zen 4), one thread)
+// the same in causal attention, where keys behind a block's last query are left out: with 48 rather than 12, 77 rows of
+// 8 heads took 0.116 ms and not 0.100, 16 captions of 16 rows 0.164 and not 0.157 (AMD EPYC (Zen 4), one thread)
 constexpr int64_t CAUSAL = 12;
 constexpr int64_t CHAIN = 128; // steps summed in one chain: longer ones would round more than PyTorch's
 constexpr int TURNS = 16;      // in which a thread takes its tasks, if there are so many

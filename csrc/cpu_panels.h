@@ -1,7 +1,7 @@
 // Panels of a weight and chains of rows, in the order in which csrc/cpu_linear.cpp multiplies them.
 //
 // A panel is some columns of the weight over a chain of its terms, transposed: [ACROSS][steps][LANES columns], small
-// enough for the first cache. What a step multiplies is a word: one float32, or two bfloat16 if the CPU multiplies those.
+// enough for the first cache. Words: cpu_products.h.
 #ifndef CLIPFAST_CPU_PANELS_H
 #define CLIPFAST_CPU_PANELS_H
 
@@ -60,7 +60,7 @@ struct Ahead {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// From rows of the weight to a panel, and from rows of x to a block
+// From rows of the weight to a panel
 
 // `bytes` bytes of `columns` rows of the weight -> a panel of `words` words, or (widened) of twice as many steps; zeros
 // in columns and terms that there are not.   done: words that are there already, whole squares

@@ -73,7 +73,7 @@ inline __attribute__((always_inline)) void turn_square(const char *from, int64_t
     for (int i = 0; i < SQUARE; i++) put<WIDEN>(to + i * (WIDEN ? 2 : 1) * LANES, rows[i]);
 }
 
-// `bytes` bytes of a row, then zeros
+// `bytes` bytes of a row, widened if need be, then zeros: `steps` steps
 template <typename T>
 void copy_row(const char *from, int64_t bytes, int64_t steps, uint32_t *to) {
     if constexpr (WIDENS<T>) {
