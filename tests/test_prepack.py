@@ -14,7 +14,7 @@ from torch import nn
 
 import clipfast
 from clipfast import dispatch, ops
-from clipfast.kernels import cpu_linear, kept, onednn
+from clipfast.kernels import cpu_blocks, cpu_linear, kept, onednn
 
 from .accuracy import assert_accurate
 from .clips import RESNET, VIT, assert_same, convert, encode, make_exact, make_images, make_texts, make_trio
@@ -61,6 +61,7 @@ def layouts(monkeypatch):
 
     count(onednn, "_kept_layout")
     count(cpu_linear, "pack")
+    monkeypatch.setattr(cpu_blocks, "pack", cpu_linear.pack)
     return made
 
 
