@@ -433,6 +433,7 @@ def whole_blocks(x: Tensor, blocks: Sequence[Block]) -> Callable[..., Tensor] | 
     call = _call("linear", x, (x, *tensors), (x, blocks[0].weights.qkv_weight, None, None, None))
     matrices = [tensor for tensor in tensors if tensor is not None and tensor.ndim == 2]
     call = call._replace(shape=(_one_dtype(x, *matrices),))
+    # one call stands for all three: on a CPU none of them depends on more than these facts
     parts = ("linear", "attention", "mlp")
     return cpu_blocks.blocks if all(_decided(part, call).backend == "cpu" for part in parts) else None
 

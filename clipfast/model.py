@@ -234,7 +234,7 @@ class Transformer(nn.Module):
             return x
         length, batch, width = x.shape
         rows, packed = Rows.fixed(batch, length), x.transpose(0, 1).reshape(batch * length, width)
-        packed = self._packed([*self.resblocks], packed, rows, causal)
+        packed = self._packed(len(self.resblocks), packed, rows, causal)
         return packed.view(batch, length, width).transpose(0, 1)
 
     def short_way(self, length: int) -> bool | None:
@@ -271,19 +271,18 @@ class Transformer(nn.Module):
         return torch.cat(parts)
 
     def _pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
-        *before, last = self.resblocks
-        x = self._packed(before, x, rows, causal)
-        return self._kept_or_again(last.pooled, x, rows, index)
+        x = self._packed(len(self.resblocks) - 1, x, rows, causal)
+        return self._kept_or_again(self.resblocks[-1].pooled, x, rows, index)
 
-    def _packed(self, blocks: list[nn.Module], x: Tensor, rows: Rows, causal: bool) -> Tensor:
-        """Packed rows [T, W] through these blocks."""
+    def _packed(self, count: int, x: Tensor, rows: Rows, causal: bool) -> Tensor:
+        """Packed rows [T, W] through the first `count` blocks."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in blocks:
+            for block in [*self.resblocks][:count]:
                 x = self._kept_or_again(block.packed, x, rows, causal)
             return x
         weights = gathered(self, lambda: [block.weights() for block in self.resblocks])
-        made_of = [block.for_ops(of_block) for block, of_block in zip(blocks, weights, strict=False)]
-        return ops.blocks(x, rows, made_of, causal=causal)
+        stack = [block.for_ops(its_own) for block, its_own in zip(self.resblocks, weights, strict=True)]
+        return ops.blocks(x, rows, stack[:count], causal=causal)
 
     def _kept_or_again(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """A block's result; what its gradients need is kept, or with grad_checkpointing computed again."""

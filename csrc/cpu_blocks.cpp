@@ -1,5 +1,8 @@
 // Residual attention blocks on a CPU in one call: their operators one after the other, some sequences at a time.
 //
+// Either all threads share each operator, or, where sequences are many enough and divide well, each thread takes
+// some of them through all blocks and waits for nobody (`by_themselves`).
+//
 // What is computed in between stays in memory of a bounded size, whatever the batch, and is in the cache where it is read.
 #include <initializer_list>
 
@@ -49,7 +52,7 @@ clipfast_cpu_linear_args linear(const clipfast_cpu_block_args &args, int64_t row
 }
 
 // sequences that begin at row `first`, x and out at their first row
-int some(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t sequences, const void *x, void *out,
+int run_block(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t sequences, const void *x, void *out,
          char *memory) {
     const int64_t rows = offsets[sequences] - offsets[0], width = args.width;
     const Between at(args, rows, sequences);
@@ -116,7 +119,7 @@ int some(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t se
 
 // Sequences [first, last) through all blocks, `most` rows at a time: about as many each time, so that the last are no
 // remainder.
-int all(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t most, int64_t first, int64_t last) {
+int run_sequences(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t most, int64_t first, int64_t last) {
     static thread_local Memory kept;
     const clipfast_cpu_block_args &any = args.blocks[0];
     const int32_t *const offsets = any.offsets;
@@ -134,7 +137,7 @@ int all(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t most, int
             char *const memory =
                 static_cast<char *>(kept.reserve(Between(block, offsets[end] - start, end - first).bytes));
             if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
-            const int code = some(block, offsets + first, end - first, static_cast<const char *>(block.x) + start * row,
+            const int code = run_block(block, offsets + first, end - first, static_cast<const char *>(block.x) + start * row,
                                   static_cast<char *>(block.out) + start * row, memory);
             if (code != CLIPFAST_CPU_OK) return code;
         }
@@ -144,7 +147,7 @@ int all(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t most, int
 }
 
 // first sequence of a thread, if each has sequences of its own, of about as many rows
-int64_t share(const clipfast_cpu_block_args &args, int64_t thread) {
+int64_t first_of(const clipfast_cpu_block_args &args, int64_t thread) {
     const int64_t goal = int64_t(args.offsets[args.sequences]) * thread / args.threads;
     int64_t i = 0;
     while (i < args.sequences && args.offsets[i] + args.offsets[i + 1] < 2 * goal) i++;
@@ -158,7 +161,7 @@ bool by_themselves(const clipfast_cpu_block_args &args) {
     if (args.threads == 1 || total < ALONE * args.threads) return false;
     int64_t most = 0;
     for (int64_t thread = 0; thread < args.threads; thread++) {
-        const int64_t rows = args.offsets[share(args, thread + 1)] - args.offsets[share(args, thread)];
+        const int64_t rows = args.offsets[first_of(args, thread + 1)] - args.offsets[first_of(args, thread)];
         most = rows > most ? rows : most;
     }
     return most * args.threads * 100 <= total * (100 + UNEVEN);
@@ -188,13 +191,13 @@ int clipfast_cpu_blocks(const clipfast_cpu_blocks_args *args) {
             return CLIPFAST_CPU_ERROR_ARGUMENT;
     if (args->count == 0 || args->blocks[0].sequences == 0) return CLIPFAST_CPU_OK;
     const clipfast_cpu_block_args &any = args->blocks[0];
-    if (!by_themselves(any)) return all(*args, any.threads, TOGETHER, 0, any.sequences);
+    if (!by_themselves(any)) return run_sequences(*args, any.threads, TOGETHER, 0, any.sequences);
     // each thread has memory of its own for them: the more there are, the fewer rows
     const int64_t most = TOGETHER / any.threads < FEWEST ? FEWEST : TOGETHER / any.threads;
     int code = CLIPFAST_CPU_OK;
 #pragma omp parallel for num_threads(any.threads) schedule(static, 1)
     for (int64_t thread = 0; thread < any.threads; thread++) {
-        const int found = all(*args, 1, most, share(any, thread), share(any, thread + 1));
+        const int found = run_sequences(*args, 1, most, first_of(any, thread), first_of(any, thread + 1));
         if (found != CLIPFAST_CPU_OK) {
 #pragma omp atomic write
             code = found;
