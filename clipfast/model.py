@@ -582,11 +582,10 @@ class CLIP(nn.Module):
         """For inference on a CPU: keeps the linear layers' weights in the order in which products read them.
 
         It saves most at one image or a few captions. The layouts take as much memory again as those weights; twice as
-        much where both libclipfast_cpu and oneDNN multiply (`clipfast.explain()`): bfloat16, in small batches and in
-        large ones. After an optimiser's step and after every edit that PyTorch
-        counts (load_state_dict, .to(), another tensor as `.data`) the next call makes the layout again. It does not
-        count one in place through `.data` or NumPy: call this again after that. Parameters put in later, a deep copy
-        and an unpickled model start without.
+        much where both libclipfast_cpu and oneDNN multiply (`clipfast.explain()`): with AMX bfloat16, in small batches
+        and in large ones. After an optimiser's step and after every edit that PyTorch counts (load_state_dict, .to(),
+        another tensor as `.data`) the next call makes the layout again. It does not count one in place through `.data`
+        or NumPy: call this again after that. Parameters put in later, a deep copy and an unpickled model start without.
         enable: False keeps nothing any more, and frees the memory.
         Returns: the model.
         Raises:  ValueError for weights made in inference mode.
