@@ -53,7 +53,7 @@ clipfast_cpu_linear_args linear(const clipfast_cpu_block_args &args, int64_t row
 
 // sequences that begin at row `first`, x and out at their first row
 int run_block(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t sequences, const void *x, void *out,
-         char *memory) {
+              char *memory) {
     const int64_t rows = offsets[sequences] - offsets[0], width = args.width;
     const Between at(args, rows, sequences);
     void *const qkv = memory, *const hidden = memory, *const attended = memory + at.attended;

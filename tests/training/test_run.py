@@ -261,8 +261,11 @@ def test_two_processes_train_like_one(data, whole, tmp_path, capsys):
     expected = curve(whole)
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for line, other in zip(lines, expected, strict=True):
+        # Rounding alone, 1e-7, as long as the weights are equal. Then Adam takes a whole step along a gradient that is
+        # nothing but rounding, either way
+        bound = 2e-5 if line["step"] < 3 else 5e-3
         for name in ("loss", "grad_norm", "logit_scale"):
-            assert line[name] == pytest.approx(other[name], rel=5e-3 if line["step"] > 3 else 2e-5), line["step"]
+            assert line[name] == pytest.approx(other[name], rel=bound), line["step"]
     assert any("zero_shot_top1" in line for line in curve(tmp_path))
 
     # one process goes on from the fourth checkpoint, and says what differs
