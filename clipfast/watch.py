@@ -201,7 +201,7 @@ class _Record:
             self._keep(attributes["_modules"], attributes["_modules"])
         for module in modules:
             self._keep(vars(module), [name for name in _METHODS if hasattr(module, name)])
-        self.gathered_of: tuple[list[Tensor | None], Any] = ([], None)
+        self.gathered_of: tuple[list[Tensor | None], Any] | None = None
         self.sizes = [*map(len, self.attributes)]
         self.children = [attributes["_modules"] for attributes in self.attributes]
         self.order = [*map(tuple, self.children)]
@@ -229,10 +229,10 @@ class _Record:
 
     def gathered(self, gather: Callable[[], Gathered]) -> Gathered:
         tensors = self._tensors()
-        of, found = self.gathered_of
-        if len(of) != len(tensors) or not all(map(is_, of, tensors)):
-            self.gathered_of = (tensors, found := gather())
-        return found
+        last = self.gathered_of
+        if last is None or len(last[0]) != len(tensors) or not all(map(is_, last[0], tensors)):
+            self.gathered_of = last = (tensors, gather())
+        return last[1]
 
     def unchanged(self) -> bool:
         # `map` and its functions run in C: no frame of Python's for each module

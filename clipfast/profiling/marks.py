@@ -55,15 +55,11 @@ def marked(model: nn.Module) -> Iterator[Marks]:
     layers = {id(block): name for name, block in _blocks(model)}
     layers |= {id(block.attn.in_proj_weight): name for name, block in _blocks(model)}
 
-    def marked_call(operator: str, works: list[Work], call: Callable[[], Any]) -> Any:
-        name = f"{PREFIX}{operator} {len(marks.calls)}"
-        marks.calls.append(Call(name, marks.number, operator, marks.layer, works))
-        with record_function(name):
-            return call()
-
     def marked_run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
-        works = works_of_call(operator, *arguments)
-        return marked_call(operator, works, functools.partial(run, operator, x, tensors, *arguments))
+        name = f"{PREFIX}{operator} {len(marks.calls)}"
+        marks.calls.append(Call(name, marks.number, operator, marks.layer, works_of_call(operator, *arguments)))
+        with record_function(name):
+            return run(operator, x, tensors, *arguments)
 
     def in_layer(known_by: object, call: Callable[[], Tensor]) -> Tensor:
         marks.layer = layers.get(id(known_by), OUTSIDE)
