@@ -2,13 +2,13 @@
 //
 // A product as Goto and van de Geijn (2008) and BLIS order it. All threads copy rows of x beside one another, a chain
 // of terms after the other. Then each makes panels of the weight, and multiplies all those rows by a panel in its first
-// cache while the weight's next columns are on their way from memory. The same for one row as for a thousand: where rows
-// are few, reading the weight is the work, and goes on meanwhile. Nothing stays, unless the weight was packed before.
+// cache while the weight's next columns are on their way from memory. A few rows are multiplied by the weight as it is
+// (cpu_few_rows.h). Nothing stays, unless the weight was packed before.
 #include <atomic>
 #include <omp.h>
 #include <utility>
 
-#include "cpu_panels.h"
+#include "cpu_few_rows.h"
 
 namespace {
 
@@ -120,8 +120,11 @@ struct Product {
     const clipfast_cpu_linear_args &args;
     const Chains<T> chains;
     const int64_t groups;
+    const bool few; // are rows so few that rows of the weight are read as they are?
 
-    explicit Product(const clipfast_cpu_linear_args &args) : args(args), chains(args.terms), groups(groups_of(args)) {}
+    explicit Product(const clipfast_cpu_linear_args &args)
+        : args(args), chains(args.terms), groups(groups_of(args)),
+          few(SERVES_FEW<T> && args.rows <= FEW && args.layout == CLIPFAST_CPU_ROWS) {}
 
     // of panels: a multiple of the threads, so that each has as many, unless there are fewer panels
     static int64_t groups_of(const clipfast_cpu_linear_args &args) {
@@ -220,6 +223,25 @@ struct Product {
         }
     }
 
+    // as `multiply`, for few rows: no panels
+    void multiply_few(int64_t group, int64_t next, const Rows &rows, float *sums) const {
+        const int64_t begin = first(group) * PANEL, end = least(first(group + 1) * PANEL, args.columns);
+        const char *const weight = static_cast<const char *>(args.weight);
+        for (int64_t c = begin; c < end; c += SQUARE) {
+            const int64_t second = c + SQUARE < end ? c + SQUARE : next < 0 ? args.columns : first(next) * PANEL;
+            Ahead asked(weight + second * chains.bytes, 1, 0, least(args.columns - second, SQUARE) * chains.bytes,
+                        chains.all_words() / 4);
+            for (int64_t chain = 0; chain < chains.count; chain++) {
+                const Strip strip{weight + c * chains.bytes + 4 * chain * chains.length, chains.bytes, args.columns - c,
+                                  chains.bytes_of(chain), chains.words_of(chain)};
+                multiply_strip_by<T>(rows.count, rows.x + chain * rows.chain, strip, sums + c - begin, GROUP, chain > 0,
+                                     asked);
+            }
+        }
+        for (int64_t p = first(group); p < first(group + 1); p++)
+            finish(p, rows.first, rows.count, sums + p * PANEL - begin);
+    }
+
     // asks for what `finish` will read and write
     void expect(int64_t panel, int64_t row, int64_t rows) const {
         for (int64_t r = row; r < row + rows; r++)
@@ -287,8 +309,14 @@ int linear(const clipfast_cpu_linear_args &args) {
                 // taken when this one begins, so that its weight can be asked for
                 const int64_t next = taken++, part = (task - start) / product.groups;
                 const int64_t from = rows * part / parts, to = rows * (part + 1) / parts;
-                product.multiply((task - start) % product.groups, next < end ? (next - start) % product.groups : -1,
-                                 Rows{row + from, to - from, x + from * CHAIN, rows * CHAIN}, panels, sums);
+                const int64_t group = (task - start) % product.groups;
+                const int64_t after = next < end ? (next - start) % product.groups : -1;
+                const Rows some{row + from, to - from, x + from * CHAIN, rows * CHAIN};
+                if (!product.few) {
+                    product.multiply(group, after, some, panels, sums);
+                } else if constexpr (SERVES_FEW<T>) {
+                    product.multiply_few(group, after, some, sums);
+                }
                 task = next;
             }
             start = end;

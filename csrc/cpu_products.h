@@ -65,12 +65,13 @@ inline void put(uint32_t *to, Row words) {
 // SQUARE words of SQUARE rows -> SQUARE steps, or (widened) twice as many
 template <bool WIDEN>
 inline __attribute__((always_inline)) void turn_square(const char *from, int64_t stride, uint32_t *to) {
-    Row rows[SQUARE];
-#pragma GCC unroll 8
-    for (int i = 0; i < SQUARE; i++) memcpy(&rows[i], from + i * stride, sizeof rows[i]);
-    transpose(rows);
-#pragma GCC unroll 8
-    for (int i = 0; i < SQUARE; i++) put<WIDEN>(to + i * (WIDEN ? 2 : 1) * LANES, rows[i]);
+#pragma GCC unroll 2
+    for (int first = 0; first < SQUARE; first += 4) {
+        Row words[4];
+        turn_four(from + 4 * first, stride, words);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) put<WIDEN>(to + (first + i) * (WIDEN ? 2 : 1) * LANES, words[i]);
+    }
 }
 
 // `bytes` bytes of a row, widened if need be, then zeros: `steps` steps

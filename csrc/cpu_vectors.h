@@ -115,6 +115,19 @@ Floats across_lanes(Floats x, Join join) {
 constexpr int SQUARE = LANES < 8 ? 4 : 8;
 typedef uint32_t Row __attribute__((vector_size(4 * SQUARE)));
 
+// Four words of memory; for registers of 8, four more.
+inline __attribute__((always_inline)) Row load_fours(const char *first, const char *second) {
+#if defined(__AVX2__)
+    return (Row)_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)first)),
+                                        _mm_loadu_si128((const __m128i *)second), 1);
+#else
+    (void)second;
+    Row row;
+    memcpy(&row, first, sizeof row);
+    return row;
+#endif
+}
+
 // Of each four lanes of a and b the first two, or the last two, in turn: lane by lane, or pair by pair.
 #if defined(__AVX2__)
 // by name: with AVX-512 GCC 12 would take a slower instruction, which permutes anything
@@ -129,25 +142,18 @@ inline Row first_pairs(Row a, Row b) { return __builtin_shuffle(a, b, Row{0, 1, 
 inline Row last_pairs(Row a, Row b) { return __builtin_shuffle(a, b, Row{2, 3, 6, 7}); }
 #endif
 
-// rows and columns of SQUARE registers change places: within each four lanes first, then the fours
-inline void transpose(Row rows[SQUARE]) {
-#pragma GCC unroll 2
-    for (int i = 0; i < SQUARE; i += 4) {
-        const Row a = first_lanes(rows[i], rows[i + 1]), b = last_lanes(rows[i], rows[i + 1]);
-        const Row c = first_lanes(rows[i + 2], rows[i + 3]), d = last_lanes(rows[i + 2], rows[i + 3]);
-        rows[i] = first_pairs(a, c);
-        rows[i + 1] = last_pairs(a, c);
-        rows[i + 2] = first_pairs(b, d);
-        rows[i + 3] = last_pairs(b, d);
-    }
-#if defined(__AVX2__)
+// Four words of SQUARE rows that are `stride` bytes apart, word by word. Each four lanes are a matrix of four rows, and
+// are read so: half as many shuffles as if whole registers were read and then exchanged.
+inline __attribute__((always_inline)) void turn_four(const char *from, int64_t stride, Row words[4]) {
+    Row rows[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m256i a = (__m256i)rows[i], b = (__m256i)rows[i + 4];
-        rows[i] = (Row)_mm256_permute2x128_si256(a, b, 0x20);
-        rows[i + 4] = (Row)_mm256_permute2x128_si256(a, b, 0x31);
-    }
-#endif
+    for (int i = 0; i < 4; i++) rows[i] = load_fours(from + i * stride, from + (4 + i) * stride);
+    const Row a = first_lanes(rows[0], rows[1]), b = last_lanes(rows[0], rows[1]);
+    const Row c = first_lanes(rows[2], rows[3]), d = last_lanes(rows[2], rows[3]);
+    words[0] = first_pairs(a, c);
+    words[1] = last_pairs(a, c);
+    words[2] = first_pairs(b, d);
+    words[3] = last_pairs(b, d);
 }
 
 // exp(x) for x <= 0, and 0 below -87: Cody and Waite's reduction, a polynomial of degree 6. NaN stays NaN
