@@ -6,7 +6,8 @@
 What is timed is a block: the four products of a layer of ViT-B/32 and of ViT-L/14, one after the other. --shapes, rows
 x inputs x outputs, times single products. A call meets a block that the calls before it did not, as in a model: its
 weights come from memory, not from a cache. In the same run, what the machine gives at best: multiply-adds in registers,
-in the instructions of clipfast's product, and reading. --old times another checkout's product as well.
+in the instructions of clipfast's product. In the same rounds, in turn with the products, what reading the same weights
+takes, and nothing else: how fast memory is read changes with what else reads it. --old times another checkout's product.
 
 What an older CPU would find: clipfast's product in that form, and the others held to the same instructions, as in
 
@@ -52,7 +53,8 @@ WIDTHS = {"ViT-B/32": 768, "ViT-L/14": 1024}
 # a caption's last row, captions, images of ViT-B/32, a whole caption, images of ViT-B/16 and ViT-L/14, and several
 ROWS = (1, 8, 16, 50, 77, 200, 257, 800, 1600)
 QUICK_ROWS = (1, 50)
-# calls of FEW rows are short: so many times as many are made
+# Calls of FEW rows are short: so many times as many are made, and so many together. The first of them writes back what
+# those before it left in the caches: MKL and oneDNN lay the whole weight out anew.
 MANY = 4
 # bytes of equal weights that are met in turn: more than a cache has
 WEIGHTS, QUICK_WEIGHTS = 128 << 20, 1
@@ -111,7 +113,8 @@ class Bench(NamedTuple):
     """What all lines share.
 
     form:    of clipfast's product.
-    limits:  the most that was seen in the run: FLOP/s by dtype, and READ in bytes/s; 0 where the library is missing.
+    peaks:   the most that was seen in the run, FLOP/s by dtype; 0 where the library is missing.
+    reading: how memory is read fastest; None where the library is missing.
     in_turn: bytes of weights.
     """
 
@@ -119,7 +122,8 @@ class Bench(NamedTuple):
     other: OtherProduct | None
     rounds: int
     facts: harness.Row
-    limits: dict[str, float]
+    peaks: dict[str, float]
+    reading: ceilings.Reading | None
     in_turn: int
     quick: bool
 
@@ -148,9 +152,11 @@ def _packed(weight: Tensor, form: str) -> Tensor | None:
 
 
 def contestants(x: Tensor, layer: Layer, bench: Bench) -> dict[str, Callable[[], Tensor]]:
-    """The ways to one product."""
+    """The ways to one product; and READ, its weight alone, where it can be timed."""
     weight, bias, packed = layer
     ways = ceilings.products(x, weight, bias)
+    if bench.reading:
+        ways[READ] = functools.partial(bench.reading, weight)
     del ways[ceilings.OURS]
     if packed is None:
         return ways | {OURS: lambda: ops.linear(x, weight, bias)}
@@ -185,18 +191,23 @@ def measure(
     failed: dict[str, str] = {}
     seconds: dict[str, list[float]] = {}
     for name, way in ways.items():
+        if name == READ:
+            continue
         try:
             wrong[name] = relative_rms(torch.cat([each.flatten() for each in way()]), torch.cat(exact))
         except (RuntimeError, KeyError) as error:
             failed[name] = harness.reason(error)
-    able = {name: way for name, way in ways.items() if name in wrong}
-    rounds = bench.rounds * (MANY if work.rows <= FEW else 1)
+    able = {name: way for name, way in ways.items() if name in wrong or name == READ}
+    together = MANY if work.rows <= FEW else 1
     end = time.monotonic() + SECONDS
     try:
-        failed |= harness.time_rounds(able, rounds, seconds, least=LEAST, left=lambda: end - time.monotonic())
+        failed |= harness.time_rounds(
+            able, together * bench.rounds, seconds, least=LEAST, together=together, left=lambda: end - time.monotonic()
+        )
     finally:
         shared = {**bench.facts, "instructions": bench.form, "dtype": dtype_name, **work.facts}
-        plain = harness.times(seconds.get(PLAIN, ())).get("median_s")
+        plain, read = (harness.times(seconds.get(name, ())).get("median_s") for name in (PLAIN, READ))
+        ways.pop(READ, None)
         for name in ways:
             row = {**shared, "contestant": name, "status": "untimed", **harness.times(seconds.get(name, ()))}
             if name in failed:
@@ -205,15 +216,18 @@ def measure(
                 row["rel_rms"] = harness.significant(wrong[name])
                 row |= {"rms_vs_f_linear": harness.significant(wrong[name] / wrong[PLAIN])} if PLAIN in wrong else {}
             if "median_s" in row:
-                row |= {"status": "ok", **_rates(work, dtype_name, row["median_s"], plain)}
+                row |= {"status": "ok", **_rates(work, dtype_name, row["median_s"], plain, read)}
             rows.append(row)
 
 
-def _rates(work: Work, dtype: str, median: float, plain: float | None) -> harness.Row:
-    read = work.weights * harness.DTYPES[dtype].itemsize
-    found = {"gflops": 2 * work.rows * work.weights / median / 1e9, "gb_per_s": read / median / 1e9}
+def _rates(work: Work, dtype: str, median: float, plain: float | None, read: float | None) -> harness.Row:
+    """plain, read: medians of `F.linear` and of reading."""
+    n_bytes = work.weights * harness.DTYPES[dtype].itemsize
+    found = {"gflops": 2 * work.rows * work.weights / median / 1e9, "gb_per_s": n_bytes / median / 1e9}
     if plain:
         found["vs_f_linear"] = plain / median
+    if read:
+        found |= {"read_gb_per_s": n_bytes / read / 1e9, "of_read": read / median}
     return {name: harness.significant(value) for name, value in found.items()}
 
 
@@ -221,28 +235,23 @@ def look(dtypes: Sequence[str], bench: Bench) -> None:
     """What the machine gives now; less than before says only that somebody else had a core."""
     if cpu_library.missing():
         return
-    now = {READ: ceilings.read_bytes_per_s(ceilings.QUICK_BYTES if bench.quick else ceilings.READ_BYTES)}
     loop = QUICK_LOOP if bench.quick else LOOP
     for name in dtypes:
         # no less than one thread, for the same reason
-        now[name] = max(
+        now = (
             ceilings.multiply_adds_per_s(harness.DTYPES[name], loop, threads, bench.form)
             for threads in (1, torch.get_num_threads())
         )
-    bench.limits.update({name: max(bench.limits[name], limit) for name, limit in now.items()})
+        bench.peaks[name] = max(bench.peaks[name], *now)
 
 
 def add_shares(rows: Sequence[harness.Row], bench: Bench) -> None:
-    """Columns of what the machine gave at best in the whole run, and each row's share of it."""
+    """Columns of what the machine multiplied at best in the whole run, and each row's share of it."""
     for row in rows:
-        for limit, rate, most, share in (
-            (bench.limits[row["dtype"]], "gflops", "peak_gflops", "of_peak"),
-            (bench.limits[READ], "gb_per_s", "read_gb_per_s", "of_read"),
-        ):
-            if limit:
-                row[most] = harness.significant(limit / 1e9)
-            if limit and rate in row:
-                row[share] = harness.significant(1e9 * row[rate] / limit)
+        if peak := bench.peaks[row["dtype"]]:
+            row["peak_gflops"] = harness.significant(peak / 1e9)
+            if "gflops" in row:
+                row["of_peak"] = harness.significant(1e9 * row["gflops"] / peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +279,8 @@ def _bench(options: argparse.Namespace, dtypes: Sequence[str]) -> Bench:
     facts = environment.environment()
     environment.warn_if_busy(facts)
     rounds, in_turn = (3, QUICK_WEIGHTS) if options.quick else (options.rounds, WEIGHTS)
-    return Bench(form, other, rounds, facts, dict.fromkeys((READ, *dtypes), 0.0), in_turn, options.quick)
+    reading = ceilings.fastest_reading(ceilings.QUICK_BYTES if options.quick else ceilings.READ_BYTES)
+    return Bench(form, other, rounds, facts, dict.fromkeys(dtypes, 0.0), reading, in_turn, options.quick)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -323,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     add_shares(rows, bench)
     output.write_csv(options.csv, COLUMNS, rows)
     progress.clear()
-    show(rows, facts=bench.facts, form=bench.form, limits=bench.limits)
+    show(rows, facts=bench.facts, form=bench.form, peaks=bench.peaks)
     return status
 
 

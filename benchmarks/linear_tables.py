@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from clipfast.bench import output
-from clipfast.bench.ceilings import READ
 from clipfast.bench.harness import Row
 from clipfast.bench.product_report import FEW
 
@@ -45,12 +44,14 @@ def _share(row: Row) -> str:
     return f"{share}, reads {output.cell(row, 'of_read', '.0%')}" if row and row["rows"] <= FEW else share
 
 
-def show(rows: Sequence[Row], facts: Row, form: str, limits: Mapping[str, float]) -> None:
-    """form, limits: of `benchmarks.linear.Bench`."""
+def show(rows: Sequence[Row], facts: Row, form: str, peaks: Mapping[str, float]) -> None:
+    """form, peaks: of `benchmarks.linear.Bench`."""
     notes = [f"{row['contestant']}: {row['note']}" for row in rows if "note" in row]
     title = f"x @ weight.T + bias on {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
     output.print_table(title, HEADER, map(line, rows), dict.fromkeys(notes), names=2)
-    peaks = ", ".join(f"{limit / 1e9:.0f} GFLOP/s {name}" for name, limit in limits.items() if name != READ)
-    title = f"Peak of multiply-adds in registers ({form}): {peaks}; reading {limits[READ] / 1e9:.1f} GB/s"
+    found = ", ".join(f"{peak / 1e9:.0f} GFLOP/s {name}" for name, peak in peaks.items())
+    title = f"Peak of multiply-adds in registers ({form}): {found}"
+    if rates := [row["read_gb_per_s"] for row in rows if "read_gb_per_s" in row]:
+        title += f"; the same weights were read at {min(rates):.0f} to {max(rates):.0f} GB/s"
     heading, *lines = shares(rows)
     output.print_table(title, heading, lines)

@@ -66,7 +66,8 @@ def test_a_ceiling_is_what_no_product_passes_and_its_name_is_said(monkeypatch, p
     monkeypatch.setattr(
         ceilings, "multiply_adds_per_s", lambda dtype, seconds, threads: peak / 2 if threads == 1 else peak
     )
-    monkeypatch.setattr(ceilings, "read_bytes_per_s", lambda n_bytes: 2 * peak)
+    reading = ceilings.Reading(2 * peak, 1, 0) if peak else None
+    monkeypatch.setattr(ceilings, "fastest_reading", lambda n_bytes: reading)
     monkeypatch.setattr(environment, "cache_bytes", lambda: 5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     found = ceilings.measure(torch.device("cpu"), ["float32"])
@@ -103,10 +104,10 @@ def test_reading_is_of_whole_blocks_in_every_form_and_of_less_where_memory_is_sh
         cpu_library, "run", lambda operator, args: ran.append((operator, args.bytes, args.instructions))
     )
     monkeypatch.setattr(environment, "available_bytes", lambda device: 40_000.0)
-    assert ceilings.read_bytes_per_s(1 << 30) > 0
+    assert ceilings.fastest_reading(1 << 30).bytes_per_s > 0
     assert set(ran) == {("read", 9 * 1024, code) for code in (1, 2)}
     monkeypatch.setattr(cpu_library, "missing", lambda: "not built")
-    assert ceilings.read_bytes_per_s(1 << 20) == 0
+    assert ceilings.fastest_reading(1 << 20) is None
 
 
 def test_a_floor_is_of_weights_where_reading_was_measured():

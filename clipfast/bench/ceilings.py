@@ -27,8 +27,9 @@ SECONDS = 6.0
 SIZES = {"cuda": 8192, "cpu": 4096}
 BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 QUICK_SIZE, QUICK_BYTES = 512, 1 << 22
-# of the buffer that is read, far more than caches hold; less if that is more than this share of the free memory
-READ_BYTES, READ_SHARE = 512 << 20, 0.25
+# Of the buffer that is read, far more than caches hold; less if that is more than this share of the free memory. No power
+# of two: threads that read so far apart meet in the same banks of memory (512 MiB 43 GB/s, 487 MiB 47, AMD EPYC, Zen 4)
+READ_BYTES, READ_SHARE = 487 << 20, 0.25
 # how far ahead of the reading memory is asked for: which is best depends on the CPU, and on who else reads
 AHEAD = (0, 512, 4096)
 
@@ -65,8 +66,8 @@ def measure(device: torch.device, dtypes: Iterable[str], *, quick: bool = False)
     """
     rates = {COPY: copy_bytes_per_s(device, QUICK_BYTES if quick else BYTES[device.type])}
     found = Ceilings(rates, {}, {}, {}, environment.cache_bytes())
-    if device.type == "cpu" and (read := read_bytes_per_s(QUICK_BYTES if quick else READ_BYTES)):
-        found.rates[READ] = read
+    if device.type == "cpu" and (reading := fastest_reading(QUICK_BYTES if quick else READ_BYTES)):
+        found.rates[READ] = reading.bytes_per_s
     for name in dtypes:
         size, dtype = QUICK_SIZE if quick else SIZES[device.type], getattr(torch, name)
         product, peak = product_flops_per_s(device, dtype, size), 0.0
@@ -81,25 +82,41 @@ def measure(device: torch.device, dtypes: Iterable[str], *, quick: bool = False)
     return found
 
 
-def read_bytes_per_s(n_bytes: int) -> float:
-    """Bytes/s at which PyTorch's threads read a buffer of so many bytes, best of several; 0 without libclipfast_cpu.
+class Reading(NamedTuple):
+    """A way to read memory, of libclipfast_cpu.
+
+    bytes_per_s: what was measured.   form: whose instructions.   ahead: bytes ahead of the reading are asked for.
+    """
+
+    bytes_per_s: float
+    form: int
+    ahead: int
+
+    def __call__(self, tensor: Tensor) -> None:
+        """Read a tensor, contiguous and on the CPU, once, with PyTorch's threads; not what is left of a block."""
+        n_bytes = tensor.nbytes - tensor.nbytes % cpu_library.READ_BLOCK
+        args = (tensor.data_ptr(), n_bytes, self.ahead, torch.get_num_threads(), self.form)
+        cpu_library.run("read", cpu_library.ReadArgs(sizeof(cpu_library.ReadArgs), *args))
+
+
+def fastest_reading(n_bytes: int) -> Reading | None:
+    """How PyTorch's threads read a buffer of so many bytes fastest, best of several; None without libclipfast_cpu.
 
     n_bytes: fewer are taken where memory is short, a multiple of the library's block.
     """
     if cpu_library.missing():
-        return 0.0
+        return None
     n_bytes = int(min(n_bytes, READ_SHARE * environment.available_bytes(torch.device("cpu"))))
     n_bytes -= n_bytes % cpu_library.READ_BLOCK
     # written to: pages that nobody has touched are one page of zeros
     data = torch.ones(n_bytes // 4, dtype=torch.int32)
 
-    def run(form: int, ahead: int) -> float:
-        args = (data.data_ptr(), n_bytes, ahead, torch.get_num_threads(), form)
+    def measured(form: int, ahead: int) -> Reading:
         start = time.perf_counter()
-        cpu_library.run("read", cpu_library.ReadArgs(sizeof(cpu_library.ReadArgs), *args))
-        return time.perf_counter() - start
+        Reading(0.0, form, ahead)(data)
+        return Reading(n_bytes / (time.perf_counter() - start), form, ahead)
 
-    return n_bytes / min(run(form, ahead) for _ in range(5) for form in _forms() for ahead in AHEAD)
+    return max(measured(form, ahead) for _ in range(5) for form in _forms() for ahead in AHEAD)
 
 
 def _forms() -> range:

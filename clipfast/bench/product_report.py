@@ -24,7 +24,7 @@ WANTED = {
 LEGEND = (
     "**Matrix products on CPUs**, by `python -m benchmarks.linear` (`make on-this-cpu`): the four of a block, for so "
     "many rows, as a share of what multiply-adds in registers reach in the same run, in the instructions of clipfast's "
-    "product; of few rows also as a share of how fast memory is read."
+    "product; of few rows also as a share of how fast the same weights are read in the same rounds."
 )
 
 
