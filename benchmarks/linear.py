@@ -7,7 +7,7 @@ What is timed is a block: the four products of a layer of ViT-B/32 and of ViT-L/
 x inputs x outputs, times single products. A call meets a block that the calls before it did not, as in a model: its
 weights come from memory, not from a cache. In the same run, what the machine gives at best: multiply-adds in registers,
 in the instructions of clipfast's product. In the same rounds, in turn with the products, what reading the same weights
-takes, and nothing else: how fast memory is read changes with what else reads it. --old times another checkout's product.
+takes, and nothing else: how fast memory is read changes with what else reads it. --old: another checkout's product too.
 
 What an older CPU would find: clipfast's product in that form, and the others held to the same instructions, as in
 

@@ -27,8 +27,8 @@ SECONDS = 6.0
 SIZES = {"cuda": 8192, "cpu": 4096}
 BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 QUICK_SIZE, QUICK_BYTES = 512, 1 << 22
-# Of the buffer that is read, far more than caches hold; less if that is more than this share of the free memory. No power
-# of two: threads that read so far apart meet in the same banks of memory (512 MiB 43 GB/s, 487 MiB 47, AMD EPYC, Zen 4)
+# Of the buffer that is read, far more than caches hold; less if that is more than this share of the free memory. No
+# power of two: threads that read so far apart meet in the same banks of memory (512 MiB 43 GB/s, 487 MiB 47, Zen 4)
 READ_BYTES, READ_SHARE = 487 << 20, 0.25
 # how far ahead of the reading memory is asked for: which is best depends on the CPU, and on who else reads
 AHEAD = (0, 512, 4096)
