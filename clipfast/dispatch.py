@@ -422,10 +422,11 @@ def _decided(operator: str, call: Call) -> Decision:
     return decision
 
 
-def whole_blocks(x: Tensor, blocks: Sequence[Block]) -> Callable[..., Tensor] | None:
+def whole_blocks(x: Tensor, blocks: Sequence[Block], pooled: bool = False) -> Callable[..., Tensor] | None:
     """What computes residual attention blocks in one call, or None where each of their operators is on its own.
 
     No operator of its own: `explain` shows those that a block is made of, which must all run on libclipfast_cpu.
+    pooled: the last one by `attention_pool`.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not blocks:
         return None
@@ -433,8 +434,8 @@ def whole_blocks(x: Tensor, blocks: Sequence[Block]) -> Callable[..., Tensor] | 
     call = _call("linear", x, (x, *tensors), (x, blocks[0].weights.qkv_weight, None, None, None))
     matrices = [tensor for tensor in tensors if tensor is not None and tensor.ndim == 2]
     call = call._replace(shape=(_one_dtype(x, *matrices),))
-    # one call stands for all three: on a CPU none of them depends on more than these facts
-    parts = ("linear", "attention", "mlp")
+    # one call stands for all of them: on a CPU none depends on more than these facts
+    parts = ["linear", "mlp", *["attention"] * (len(blocks) > pooled), *["attention_pool"] * pooled]
     return cpu_blocks.blocks if all(_decided(part, call).backend == "cpu" for part in parts) else None
 
 

@@ -200,15 +200,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor) -> Tensor:
         """The block's result for the rows index [B] alone, each the last its attention may see (or bidirectional)."""
-        made_of, width = self.for_ops(), x.shape[1]
-        norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, *of_mlp = made_of.weights
-        y = ops.layer_norm(x, norm_weight, norm_bias, made_of.eps[0])
-        (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias) = qkv_weight.split(width), qkv_bias.split(width)
-        out = ops.attention_pool(
-            y[index], y, rows, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, heads=made_of.heads
-        )
-        x = ops.linear(out, out_weight, out_bias, residual=x[index])
-        return ops.mlp(x, *of_mlp, activation=made_of.activation, eps=made_of.eps[1])
+        return ops.blocks(x, rows, [self.for_ops()], causal=False, index=index)
 
 
 class Transformer(nn.Module):
@@ -271,18 +263,23 @@ class Transformer(nn.Module):
         return torch.cat(parts)
 
     def _pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return ops.blocks(x, rows, self._stack(), causal=causal, index=index)
         x = self._packed(len(self.resblocks) - 1, x, rows, causal)
         return self._kept_or_again(self.resblocks[-1].pooled, x, rows, index)
 
     def _packed(self, count: int, x: Tensor, rows: Rows, causal: bool) -> Tensor:
         """Packed rows [T, W] through the first `count` blocks."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in [*self.resblocks][:count]:
-                x = self._kept_or_again(block.packed, x, rows, causal)
-            return x
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return ops.blocks(x, rows, self._stack()[:count], causal=causal)
+        for block in [*self.resblocks][:count]:
+            x = self._kept_or_again(block.packed, x, rows, causal)
+        return x
+
+    def _stack(self) -> list[Block]:
+        """All blocks as `ops.blocks` takes them."""
         weights = gathered(self, lambda: [block.weights() for block in self.resblocks])
-        stack = [block.for_ops(its_own) for block, its_own in zip(self.resblocks, weights, strict=True)]
-        return ops.blocks(x, rows, stack[:count], causal=causal)
+        return [block.for_ops(its_own) for block, its_own in zip(self.resblocks, weights, strict=True)]
 
     def _kept_or_again(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """A block's result; what its gradients need is kept, or with grad_checkpointing computed again."""

@@ -152,7 +152,14 @@ def attention(
     return run("attention", qkv, (qkv,), qkv, rows, causal, scale)
 
 
-def blocks(x: Tensor, offsets: Rows | Tensor | Sequence[int], blocks: Sequence[Block], *, causal: bool) -> Tensor:
+def blocks(
+    x: Tensor,
+    offsets: Rows | Tensor | Sequence[int],
+    blocks: Sequence[Block],
+    *,
+    causal: bool,
+    index: Tensor | None = None,
+) -> Tensor:
     """Residual attention blocks one after the other: y = x + out(attention(qkv(LayerNorm(x)))), then `mlp` of y.
 
     One operator where a backend has it so, else those they are made of, each where it runs best.
@@ -160,8 +167,11 @@ def blocks(x: Tensor, offsets: Rows | Tensor | Sequence[int], blocks: Sequence[B
     offsets: Rows, or [B + 1] integers: first row of each sequence, the last entry T.
     blocks:  of width W, a multiple of their heads; the matrices of x's dtype.
     causal:  a row attends to itself and to those before it.
-    Returns: [T, W], dtype of x.
-    Raises:  ValueError if the shapes disagree or an activation is unknown, RuntimeError if the devices differ.
+    index:   [B] int64, a row of each sequence: of the last block nothing else is computed, and each of these attends to
+             all rows of its sequence (none empty). The last row of one does so in any case.
+    Returns: [T, W], or with an index [B, W]; dtype of x.
+    Raises:  ValueError if the shapes disagree or an activation is unknown, TypeError for an index of another dtype,
+             RuntimeError if the devices differ.
     Source:  Radford et al. 2019, GPT-2; Radford et al. 2021, arXiv:2103.00020.
     """
     rows = Rows.of(offsets)
@@ -169,12 +179,25 @@ def blocks(x: Tensor, offsets: Rows | Tensor | Sequence[int], blocks: Sequence[B
     _expect_rows("x", x, rows)
     for block in blocks:
         _expect_block(x, block)
-    whole = dispatch.whole_blocks(x, blocks)
+    if index is not None:
+        _expect_index(index, x, rows, blocks)
+    whole = dispatch.whole_blocks(x, blocks, pooled=index is not None)
     if whole is not None:
-        return whole(x, rows, blocks, causal)
-    for block in blocks:
+        return whole(x, rows, blocks, causal, index)
+    for block in blocks[: None if index is None else -1]:
         x = block_by_operators(x, rows, block, causal)
-    return x
+    return x if index is None else pooled_block_by_operators(x, rows, blocks[-1], index)
+
+
+def _expect_index(index: Tensor, x: Tensor, rows: Rows, blocks: Sequence[Block]) -> None:
+    _expect("index", index, len(rows.lengths))
+    _expect_one_device("x", x, index=index)
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}")
+    if not blocks:
+        raise ValueError("an index is of the last block's rows, and there is no block")
+    if 0 in rows.lengths:
+        raise ValueError("every sequence needs a row to attend to, and one is empty")
 
 
 def _expect_block(x: Tensor, block: Block) -> None:
@@ -199,6 +222,18 @@ def block_by_operators(x: Tensor, rows: Rows, block: Block, causal: bool) -> Ten
     heads = qkv.view(len(qkv), 3, block.heads, x.shape[1] // block.heads)
     x = linear(attention(heads, rows, causal=causal), out_weight, out_bias, residual=x)
     return mlp(x, *of_mlp, activation=block.activation, eps=block.eps[1])
+
+
+def pooled_block_by_operators(x: Tensor, rows: Rows, block: Block, index: Tensor) -> Tensor:
+    """The last block of `blocks` with an index by the operators that it is made of."""
+    norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, *of_mlp = block.weights
+    y, width = layer_norm(x, norm_weight, norm_bias, block.eps[0]), x.shape[1]
+    q_bias, k_bias, v_bias = (None,) * 3 if qkv_bias is None else qkv_bias.split(width)
+    q_weight, k_weight, v_weight = qkv_weight.split(width)
+    of_qkv = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
+    pooled = attention_pool(y[index], y, rows, *of_qkv, heads=block.heads)
+    pooled = linear(pooled, out_weight, out_bias, residual=x[index])
+    return mlp(pooled, *of_mlp, activation=block.activation, eps=block.eps[1])
 
 
 def attention_pool(

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 7
+#define CLIPFAST_CPU_ABI_VERSION 8
 /* bytes that clipfast_cpu_read reads at a time */
 #define CLIPFAST_CPU_READ_BLOCK 1024
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
@@ -108,8 +108,11 @@ typedef struct clipfast_cpu_pack_args {
  */
 typedef struct clipfast_cpu_attention_pool_args {
     int64_t struct_size;    /* sizeof(clipfast_cpu_attention_pool_args) */
-    const void *query;      /* [sequences, terms] of dtype, contiguous like all of these */
+    const void *query;      /* [sequences, terms] of dtype, contiguous like all of these; null if index is not */
     const void *tokens;     /* [T, terms] */
+    const int64_t *index;   /* [sequences]: the rows of tokens that are the queries, or null */
+    const void *norm_weight; /* [terms] float32 of a LayerNorm of tokens before all this, rounded to dtype; null for none */
+    const void *norm_bias;
     const int32_t *offsets; /* [sequences + 1]: first row of each sequence, the last entry T; increasing */
     const void *q_weight;   /* [inner, terms] */
     const void *q_bias;     /* [inner], or null for none */
@@ -124,6 +127,7 @@ typedef struct clipfast_cpu_attention_pool_args {
     int32_t dtype;        /* clipfast_cpu_dtype */
     int32_t threads;      /* OpenMP's, at most */
     int32_t instructions; /* clipfast_cpu_instructions */
+    float eps;            /* of the LayerNorm */
 } clipfast_cpu_attention_pool_args;
 
 /* A residual attention block: y = x + out_proj(attention(qkv(norm_1(x)))), out = y + fc2(activation(fc1(norm_2(y)))). What is
@@ -165,12 +169,14 @@ typedef struct clipfast_cpu_block_args {
 } clipfast_cpu_block_args;
 
 /* Blocks one after the other: of the same sequences and width, in the same dtype, form and threads, each of what the one
- * before it returned.
+ * before it returned. With an index, the last computes one row of each sequence, which attends to all rows of it.
  */
 typedef struct clipfast_cpu_blocks_args {
     int64_t struct_size; /* sizeof(clipfast_cpu_blocks_args) */
     const clipfast_cpu_block_args *blocks;
     int64_t count;
+    const int64_t *index; /* [sequences]: rows of x; then the last block's out is [sequences, width], and its qkv_weight
+                           * lies in rows. Null for none */
 } clipfast_cpu_blocks_args;
 
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in

@@ -10,7 +10,7 @@
 
 #include "clipfast_cpu.h"
 #include "cpu_memory.h"
-#include "cpu_vectors.h"
+#include "cpu_norm.h"
 
 namespace {
 
@@ -144,6 +144,9 @@ struct Pool {
     typedef Sum<T> S;
     const clipfast_cpu_attention_pool_args &args;
     const int64_t terms, head, heads, wide_terms, longest;
+    // of the sequences that pass together: their queries, and their rows from row `start` on
+    const T *queries = nullptr, *tokens = nullptr;
+    int64_t start = 0;
 
     Pool(const clipfast_cpu_attention_pool_args &args, int64_t longest)
         : args(args), terms(args.terms), head(args.inner / args.heads), heads(args.heads), wide_terms(up(args.terms, 2 * WIDE<S>)),
@@ -157,35 +160,36 @@ struct Pool {
     }
 
     // Wk^T q of a head: directions[n][heads][wide_terms], of which this head's are written.   q: [n][head]
-    void direct(int64_t h, int64_t first, int64_t n, S *directions, S *q) const {
+    void direct(int64_t h, int64_t n, S *directions, S *q) const {
         const S scale = S(1 / __builtin_sqrt(double(head)));
-        const int64_t start = h * head;
+        const int64_t begin = h * head;
         for (int64_t d = 0; d < head; d += DOWN)
             for (int64_t b = 0; b < n; b += ACROSS) {
                 S found[DOWN][ACROSS];
                 const int64_t rows = least(head - d, DOWN), some = least(n - b, ACROSS);
-                dots_of(rows, some, row(args.q_weight, start + d), terms, row(args.query, first + b), terms, terms, found);
+                dots_of(rows, some, row(args.q_weight, begin + d), terms, queries + b * terms, terms, terms, found);
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t c = 0; c < some; c++)
-                        q[(b + c) * head + d + r] = found[r][c] + at(args.q_bias, start + d + r);
+                        q[(b + c) * head + d + r] = found[r][c] + at(args.q_bias, begin + d + r);
             }
         for (int64_t b = 0; b < n; b += DOWN)
-            mix_of(n - b, q + b * head, head, row(args.k_weight, start), terms, head, terms, scale,
+            mix_of(n - b, q + b * head, head, row(args.k_weight, begin), terms, head, terms, scale,
                    directions + (b * heads + h) * wide_terms, heads * wide_terms);
     }
 
     // of up to DOWN heads of a sequence: directions -> the rows' mean by their weights.   scores: [DOWN][longest]
     void attend(int64_t sequence, int64_t n, S *directions, S *scores) const {
-        const int64_t first = args.offsets[sequence], rows = args.offsets[sequence + 1] - first;
+        const int64_t rows = args.offsets[sequence + 1] - args.offsets[sequence];
+        const T *const own = tokens + (args.offsets[sequence] - start) * terms;
         for (int64_t j = 0; j < rows; j += ACROSS) {
             S found[DOWN][ACROSS];
             const int64_t some = least(rows - j, ACROSS);
-            dots_of(n, some, directions, wide_terms, row(args.tokens, first + j), terms, terms, found);
+            dots_of(n, some, directions, wide_terms, own + j * terms, terms, terms, found);
             for (int64_t r = 0; r < n; r++)
                 for (int64_t c = 0; c < some; c++) scores[r * longest + j + c] = found[r][c];
         }
         for (int64_t r = 0; r < n; r++) softmax(scores + r * longest, rows);
-        mix_of(n, scores, longest, row(args.tokens, first), terms, rows, terms, S(1), directions, wide_terms);
+        mix_of(n, scores, longest, own, terms, rows, terms, S(1), directions, wide_terms);
     }
 
     // Wv times the means of a head
@@ -204,27 +208,72 @@ struct Pool {
     }
 };
 
+// Rows as they are, or normalised into memory.
+template <typename T>
+struct Tokens {
+    const clipfast_cpu_attention_pool_args &args;
+    const Norm norm;
+
+    explicit Tokens(const clipfast_cpu_attention_pool_args &args)
+        : args(args),
+          norm{static_cast<const float *>(args.norm_weight), static_cast<const float *>(args.norm_bias), args.eps} {}
+
+    // by all threads together: rows [first, first + n) of tokens, or to `memory`
+    const T *rows(int64_t first, int64_t n, T *memory) const {
+        const T *const from = static_cast<const T *>(args.tokens) + first * args.terms;
+        if (norm.weight == nullptr) return from;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < n; r++) normalise(from + r * args.terms, args.terms, norm, memory + r * args.terms);
+        return memory;
+    }
+
+    // the queries of n sequences, one behind the other
+    const T *queries(int64_t first, int64_t n, T *memory) const {
+        if (args.index == nullptr) return static_cast<const T *>(args.query) + first * args.terms;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            const T *const from = static_cast<const T *>(args.tokens) + args.index[first + i] * args.terms;
+            if (norm.weight == nullptr)
+                memcpy(memory + i * args.terms, from, args.terms * sizeof(T));
+            else
+                normalise(from, args.terms, norm, memory + i * args.terms);
+        }
+        return memory;
+    }
+};
+
 template <typename T>
 int pool(const clipfast_cpu_attention_pool_args &args) {
-    int64_t longest = 0;
+    int64_t longest = 0, most = 0; // rows of a sequence, and of those that pass together
     for (int64_t i = 0; i < args.sequences; i++) {
+        const int64_t together = args.offsets[least(i + SEQUENCES, args.sequences)] - args.offsets[i];
         const int64_t length = args.offsets[i + 1] - args.offsets[i];
         longest = length > longest ? length : longest;
+        most = together > most ? together : most;
     }
-    const Pool<T> pool(args, longest);
+    const Pool<T> whole(args, longest);
+    const Tokens<T> tokens(args);
     static thread_local Memory kept;
     typedef Sum<T> S;
-    S *const directions =
-        static_cast<S *>(kept.reserve(sizeof(S) * (pool.sums() + args.threads * pool.sums_of_thread())));
-    if (directions == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
-    const int64_t parts = units(pool.heads, DOWN); // of a sequence's heads
+    const int64_t of_sums = sizeof(S) * (whole.sums() + args.threads * whole.sums_of_thread());
+    const int64_t of_rows = (args.index == nullptr ? 0 : SEQUENCES) + (args.norm_weight == nullptr ? 0 : most);
+    char *const memory = static_cast<char *>(kept.reserve(of_sums + of_rows * args.terms * int64_t(sizeof(T))));
+    if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
+    S *const directions = reinterpret_cast<S *>(memory);
+    T *const queries = reinterpret_cast<T *>(memory + of_sums);
+    T *const rows = queries + (args.index == nullptr ? 0 : SEQUENCES) * args.terms;
+    const int64_t parts = units(whole.heads, DOWN); // of a sequence's heads
 #pragma omp parallel num_threads(args.threads)
     {
+        Pool<T> pool = whole;
         S *const own = directions + pool.sums() + omp_get_thread_num() * pool.sums_of_thread();
         for (int64_t first = 0; first < args.sequences; first += SEQUENCES) {
             const int64_t n = least(args.sequences - first, SEQUENCES);
+            pool.start = args.offsets[first];
+            pool.tokens = tokens.rows(pool.start, args.offsets[first + n] - pool.start, rows);
+            pool.queries = tokens.queries(first, n, queries);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t h = 0; h < pool.heads; h++) pool.direct(h, first, n, directions, own);
+            for (int64_t h = 0; h < pool.heads; h++) pool.direct(h, n, directions, own);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < n * parts; task++) {
                 const int64_t b = task / parts, h = task % parts * DOWN;

@@ -2,8 +2,10 @@
 //
 // Either all threads share each operator, or, where sequences are many enough and divide well, each thread takes
 // some of them through all blocks and waits for nobody (`by_themselves`).
+// With an index, the last block computes one row of each sequence, as cpu_attention_pool.cpp does, all threads together.
 //
 // What is computed in between stays in memory of a bounded size, whatever the batch, and is in the cache where it is read.
+#include <cstring>
 #include <initializer_list>
 
 #include "clipfast_cpu.h"
@@ -51,6 +53,41 @@ clipfast_cpu_linear_args linear(const clipfast_cpu_block_args &args, int64_t row
     return call;
 }
 
+// What follows attention: x + out_proj(attended), and the MLP of that.
+int run_rest(const clipfast_cpu_block_args &args, int64_t rows, const void *attended, const void *x, void *hidden,
+             void *out) {
+    auto to_out = linear(args, rows, args.out_weight, args.out_layout);
+    to_out.x = attended;
+    to_out.bias = args.out_bias;
+    to_out.residual = x;
+    to_out.out = out;
+    to_out.terms = to_out.columns = args.width;
+
+    auto to_hidden = linear(args, rows, args.fc1_weight, args.fc1_layout);
+    to_hidden.x = out;
+    to_hidden.norm_weight = args.norm_2_weight;
+    to_hidden.norm_bias = args.norm_2_bias;
+    to_hidden.eps = args.norm_2_eps;
+    to_hidden.bias = args.fc1_bias;
+    to_hidden.activation = args.activation;
+    to_hidden.out = hidden;
+    to_hidden.terms = args.width;
+    to_hidden.columns = args.hidden;
+
+    auto from_hidden = linear(args, rows, args.fc2_weight, args.fc2_layout);
+    from_hidden.x = hidden;
+    from_hidden.bias = args.fc2_bias;
+    // in place: each number of the residual is read by who writes the result over it, just before
+    from_hidden.residual = from_hidden.out = out;
+    from_hidden.terms = args.hidden;
+    from_hidden.columns = args.width;
+
+    int code = CLIPFAST_CPU_OK;
+    for (const auto *call : {&to_out, &to_hidden, &from_hidden})
+        if (code == CLIPFAST_CPU_OK) code = clipfast_cpu_linear(call);
+    return code;
+}
+
 // sequences that begin at row `first`, x and out at their first row
 int run_block(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t sequences, const void *x, void *out,
               char *memory) {
@@ -84,37 +121,9 @@ int run_block(const clipfast_cpu_block_args &args, const int32_t *offsets, int64
     attend.instructions = args.instructions;
     attend.scale = args.scale;
 
-    auto to_out = linear(args, rows, args.out_weight, args.out_layout);
-    to_out.x = attended;
-    to_out.bias = args.out_bias;
-    to_out.residual = x;
-    to_out.out = out;
-    to_out.terms = to_out.columns = width;
-
-    auto to_hidden = linear(args, rows, args.fc1_weight, args.fc1_layout);
-    to_hidden.x = out;
-    to_hidden.norm_weight = args.norm_2_weight;
-    to_hidden.norm_bias = args.norm_2_bias;
-    to_hidden.eps = args.norm_2_eps;
-    to_hidden.bias = args.fc1_bias;
-    to_hidden.activation = args.activation;
-    to_hidden.out = hidden;
-    to_hidden.terms = width;
-    to_hidden.columns = args.hidden;
-
-    auto from_hidden = linear(args, rows, args.fc2_weight, args.fc2_layout);
-    from_hidden.x = hidden;
-    from_hidden.bias = args.fc2_bias;
-    // in place: each number of the residual is read by who writes the result over it, just before
-    from_hidden.residual = from_hidden.out = out;
-    from_hidden.terms = args.hidden;
-    from_hidden.columns = width;
-
     int code = clipfast_cpu_linear(&to_qkv);
     if (code == CLIPFAST_CPU_OK) code = clipfast_cpu_attention(&attend);
-    for (const auto *call : {&to_out, &to_hidden, &from_hidden})
-        if (code == CLIPFAST_CPU_OK) code = clipfast_cpu_linear(call);
-    return code;
+    return code == CLIPFAST_CPU_OK ? run_rest(args, rows, attended, x, hidden, out) : code;
 }
 
 // Sequences [first, last) through all blocks, `most` rows at a time: about as many each time, so that the last are no
@@ -146,6 +155,45 @@ int run_sequences(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t
     return CLIPFAST_CPU_OK;
 }
 
+// The last block, of one row of each sequence.
+int run_pooled(const clipfast_cpu_block_args &args, const int64_t *index) {
+    static thread_local Memory kept;
+    const int64_t itemsize = args.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4, row = args.width * itemsize;
+    const int64_t of_rows = up(args.sequences * row, 64);
+    char *const attended = static_cast<char *>(kept.reserve(2 * of_rows + args.sequences * args.hidden * itemsize));
+    if (attended == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
+    char *const residual = attended + of_rows, *const hidden = residual + of_rows;
+    // a third of the joint projection
+    const auto part = [&](const void *joint, int64_t which, int64_t bytes) {
+        return joint == nullptr ? nullptr : static_cast<const char *>(joint) + which * bytes;
+    };
+    clipfast_cpu_attention_pool_args pool = {};
+    pool.struct_size = sizeof pool;
+    pool.tokens = args.x;
+    pool.index = index;
+    pool.norm_weight = args.norm_1_weight;
+    pool.norm_bias = args.norm_1_bias;
+    pool.eps = args.norm_1_eps;
+    pool.offsets = args.offsets;
+    pool.q_weight = part(args.qkv_weight, 0, args.width * row);
+    pool.k_weight = part(args.qkv_weight, 1, args.width * row);
+    pool.v_weight = part(args.qkv_weight, 2, args.width * row);
+    pool.q_bias = part(args.qkv_bias, 0, row);
+    pool.v_bias = part(args.qkv_bias, 2, row);
+    pool.out = attended;
+    pool.sequences = args.sequences;
+    pool.terms = pool.inner = args.width;
+    pool.heads = args.heads;
+    pool.dtype = args.dtype;
+    pool.threads = args.threads;
+    pool.instructions = args.instructions;
+    const int code = clipfast_cpu_attention_pool(&pool);
+    if (code != CLIPFAST_CPU_OK) return code;
+    for (int64_t i = 0; i < args.sequences; i++)
+        memcpy(residual + i * row, static_cast<const char *>(args.x) + index[i] * row, row);
+    return run_rest(args, args.sequences, attended, residual, hidden, args.out);
+}
+
 // first sequence of a thread, if each has sequences of its own, of about as many rows
 int64_t first_of(const clipfast_cpu_block_args &args, int64_t thread) {
     const int64_t goal = int64_t(args.offsets[args.sequences]) * thread / args.threads;
@@ -165,6 +213,25 @@ bool by_themselves(const clipfast_cpu_block_args &args) {
         most = rows > most ? rows : most;
     }
     return most * args.threads * 100 <= total * (100 + UNEVEN);
+}
+
+// Blocks [0, count), each of all rows.
+int run_blocks(const clipfast_cpu_blocks_args &args) {
+    if (args.count == 0) return CLIPFAST_CPU_OK;
+    const clipfast_cpu_block_args &any = args.blocks[0];
+    if (!by_themselves(any)) return run_sequences(args, any.threads, TOGETHER, 0, any.sequences);
+    // each thread has memory of its own for them: the more there are, the fewer rows
+    const int64_t most = TOGETHER / any.threads < FEWEST ? FEWEST : TOGETHER / any.threads;
+    int code = CLIPFAST_CPU_OK;
+#pragma omp parallel for num_threads(any.threads) schedule(static, 1)
+    for (int64_t thread = 0; thread < any.threads; thread++) {
+        const int found = run_sequences(args, 1, most, first_of(any, thread), first_of(any, thread + 1));
+        if (found != CLIPFAST_CPU_OK) {
+#pragma omp atomic write
+            code = found;
+        }
+    }
+    return code;
 }
 
 bool valid(const clipfast_cpu_block_args &args) {
@@ -189,19 +256,12 @@ int clipfast_cpu_blocks(const clipfast_cpu_blocks_args *args) {
     for (int64_t i = 0; i < args->count; i++)
         if (!valid(args->blocks[i]) || (i > 0 && !follows(args->blocks[i - 1], args->blocks[i])))
             return CLIPFAST_CPU_ERROR_ARGUMENT;
+    if (args->index != nullptr && (args->count == 0 || args->blocks[args->count - 1].qkv_layout != CLIPFAST_CPU_ROWS))
+        return CLIPFAST_CPU_ERROR_ARGUMENT;
     if (args->count == 0 || args->blocks[0].sequences == 0) return CLIPFAST_CPU_OK;
-    const clipfast_cpu_block_args &any = args->blocks[0];
-    if (!by_themselves(any)) return run_sequences(*args, any.threads, TOGETHER, 0, any.sequences);
-    // each thread has memory of its own for them: the more there are, the fewer rows
-    const int64_t most = TOGETHER / any.threads < FEWEST ? FEWEST : TOGETHER / any.threads;
-    int code = CLIPFAST_CPU_OK;
-#pragma omp parallel for num_threads(any.threads) schedule(static, 1)
-    for (int64_t thread = 0; thread < any.threads; thread++) {
-        const int found = run_sequences(*args, 1, most, first_of(any, thread), first_of(any, thread + 1));
-        if (found != CLIPFAST_CPU_OK) {
-#pragma omp atomic write
-            code = found;
-        }
-    }
-    return code;
+    clipfast_cpu_blocks_args whole = *args; // blocks of all rows
+    if (args->index != nullptr) whole.count--;
+    const int code = run_blocks(whole);
+    if (code != CLIPFAST_CPU_OK || args->index == nullptr) return code;
+    return run_pooled(args->blocks[whole.count], args->index);
 }

@@ -57,11 +57,16 @@ bool valid(const clipfast_cpu_attention_pool_args &args) {
         args.inner % args.heads != 0)
         return false;
     if (args.sequences == 0) return true;
-    for (const void *needed : {args.query, args.tokens, args.q_weight, args.k_weight, args.v_weight})
+    for (const void *needed : {args.tokens, args.q_weight, args.k_weight, args.v_weight})
         if (needed == nullptr) return false;
-    if (args.out == nullptr || args.offsets == nullptr) return false;
-    for (int64_t i = 0; i < args.sequences; i++)
+    // queries of their own were not normalised
+    if (args.index == nullptr ? args.query == nullptr || args.norm_weight != nullptr : args.query != nullptr) return false;
+    if (args.out == nullptr || args.offsets == nullptr || (args.norm_weight != nullptr && args.norm_bias == nullptr))
+        return false;
+    for (int64_t i = 0; i < args.sequences; i++) {
         if (args.offsets[i + 1] <= args.offsets[i]) return false;
+        if (args.index != nullptr && (args.index[i] < args.offsets[i] || args.index[i] >= args.offsets[i + 1])) return false;
+    }
     return true;
 }
 

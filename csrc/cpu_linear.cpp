@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu_few_rows.h"
+#include "cpu_norm.h"
 
 namespace {
 
@@ -71,30 +72,8 @@ inline void tile_of(int64_t rows, const uint32_t *x, const uint32_t *panel, int6
     return tile<T, R, false>(x, panel, steps, to, add, ahead, squares);
 }
 
-// LayerNorm of a row in float32, rounded to T as an operator of its own would return it
-template <typename T>
-void normalise(const clipfast_cpu_linear_args &args, const T *row, T *to) {
-    const auto plus = [](Floats a, Floats b) { return a + b; };
-    const int64_t n = args.terms;
-    Floats sums = {}, rest = {}, squares = {};
-    for (int64_t i = 0; i < n; i += LANES) sums += load_some(row + i, n - i);
-    const float about = across_lanes<LANES / 2>(sums, plus)[0] / float(n);
-    for (int64_t i = 0; i < n; i += LANES) {
-        Floats off = load_some(row + i, n - i) - about;
-        for (int64_t lane = n - i; lane < LANES; lane++) off[lane] = 0;
-        rest += off;
-        squares += off * off;
-    }
-    // where numbers are far from zero, their sum was rounded more than what is left of it now
-    const float mean = across_lanes<LANES / 2>(rest, plus)[0] / float(n);
-    const float variance = across_lanes<LANES / 2>(squares, plus)[0] / float(n) - mean * mean;
-    const float scale = 1 / __builtin_sqrtf(variance + args.eps);
-    const float *const weight = static_cast<const float *>(args.norm_weight);
-    const float *const bias = static_cast<const float *>(args.norm_bias);
-    for (int64_t i = 0; i < n; i += LANES) {
-        const Floats off = (load_some(row + i, n - i) - about - mean) * scale;
-        store_some(to + i, off * load_some(weight + i, n - i) + load_some(bias + i, n - i), n - i);
-    }
+Norm norm_of(const clipfast_cpu_linear_args &args) {
+    return {static_cast<const float *>(args.norm_weight), static_cast<const float *>(args.norm_bias), args.eps};
 }
 
 // Rows of x, copied: [chains][count][CHAIN].
@@ -266,7 +245,7 @@ struct Product {
         for (int64_t r = 0; r < rows; r++) {
             const T *from = x + r * args.terms;
             if (args.norm_weight != nullptr) {
-                normalise(args, from, memory);
+                normalise(from, args.terms, norm_of(args), memory);
                 from = memory;
             }
             for (int64_t c = 0; c < chains.count; c++)

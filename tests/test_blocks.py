@@ -62,7 +62,7 @@ def by_kernels(x: Tensor, lengths, weights: BlockWeights, heads: int, causal: bo
 
 
 def run(x, lengths, weights, heads, causal, activation="quick_gelu", form="best"):
-    return cpu_blocks.blocks(x, Rows(tuple(lengths)), [Block(weights, heads, activation)], causal, form)
+    return cpu_blocks.blocks(x, Rows(tuple(lengths)), [Block(weights, heads, activation)], causal, None, form)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -195,11 +195,11 @@ def test_several_blocks_are_one_after_the_other(form, lengths, threads, dtype):
     for block in blocks:
         expected = by_kernels(expected, lengths, block.weights, block.heads, True, block.activation, form)
     with csrc.threads(threads):
-        assert torch.equal(cpu_blocks.blocks(x, rows, blocks, True, form), expected)
-        two = cpu_blocks.blocks(x, rows, blocks[:2], True, form)
-        assert torch.equal(cpu_blocks.blocks(two, rows, blocks[2:], True, form), expected)
+        assert torch.equal(cpu_blocks.blocks(x, rows, blocks, True, None, form), expected)
+        two = cpu_blocks.blocks(x, rows, blocks[:2], True, None, form)
+        assert torch.equal(cpu_blocks.blocks(two, rows, blocks[2:], True, None, form), expected)
     assert torch.equal(x, before)
-    assert torch.equal(cpu_blocks.blocks(x, rows, [], True, form), x)
+    assert torch.equal(cpu_blocks.blocks(x, rows, [], True, None, form), x)
 
 
 @pytest.mark.parametrize(("count", "threads"), [(39, 40), (63, 64), (62, 63)])
@@ -219,6 +219,107 @@ def test_sequences_without_rows(cpu_library):
     args.sequences, args.width, args.hidden, args.heads, args.threads = 2, 8, 8, 1, 2
     all_args = BlocksArgs(ctypes.sizeof(BlocksArgs), ctypes.addressof(args), 1)
     assert cpu_library.clipfast_cpu_blocks(all_args) == 0
+
+
+def pooled_one_by_one(functions, x: Tensor, index: Tensor, lengths, weights: BlockWeights, heads: int, activation: str):
+    """The rows `index` of the block, written with somebody's layer_norm, attention_pool, linear and mlp."""
+    layer_norm, attention_pool, linear, mlp = functions
+    y = layer_norm(x, *weights[:2], 1e-5)
+    qkv = zip(weights.qkv_weight.chunk(3), weights.qkv_bias.chunk(3), strict=True)
+    attended = attention_pool(y[index], y, offsets_of(*lengths), *(t for pair in qkv for t in pair), heads=heads)
+    return mlp(linear(attended, *weights[4:6], residual=x[index]), *weights[6:], activation=activation, eps=1e-5)
+
+
+POOL_PEER = [PEERS[name] for name in ("layer_norm", "attention_pool", "linear", "mlp")]
+POOL_EXACT = [getattr(reference, name) for name in ("layer_norm", "attention_pool", "linear", "mlp")]
+
+
+def some_rows(lengths) -> Tensor:
+    """The last row of the first sequence, the last but one of the second, and so on, as far as there are."""
+    ends = torch.tensor(lengths).cumsum(0)
+    return ends - 1 - torch.minimum(torch.arange(len(lengths)), torch.tensor(lengths) - 1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    ("lengths", "width", "heads", "activation"),
+    [([50], 768, 12, "quick_gelu"), ([9, 24, 8, 13, 17], 512, 8, "gelu"), ([5, 1, 31] * 7, 93, 3, "quick_gelu")],
+)
+@by_dtype
+def test_accuracy_of_one_row_of_each_sequence(cpu_library, backend, lengths, width, heads, activation, dtype):
+    x, block = torch.randn(sum(lengths), width).to(dtype), make_weights(width, 4 * width, dtype)
+    index, options = some_rows(lengths), (lengths, block, heads, activation)
+    with torch.no_grad(), clipfast.backend(backend):
+        blocks = [Block(block, heads, activation)]
+        got = ops.blocks(x, offsets_of(*lengths), blocks, causal=False, index=index)
+        assert (dispatch.whole_blocks(x, blocks, pooled=True) is cpu_blocks.blocks) == (backend == "cpu")
+    double = block._make(tensor.double() for tensor in block)
+    exact = pooled_one_by_one(POOL_EXACT, x.double(), index, lengths, double, heads, activation)
+    assert got.shape == (len(lengths), width)
+    assert_accurate(got, pooled_one_by_one(POOL_PEER, x, index, *options), exact)
+
+
+@by_dtype
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_one_row_of_each_sequence_after_other_blocks(form, threads, dtype):
+    """To the bit what the blocks before and the last one give, and what each sequence gives alone: 37 of 3 lengths."""
+    lengths = [50, 7, 30] * 12 + [1]
+    x, index = torch.randn(sum(lengths), 48).to(dtype), some_rows(lengths)
+    blocks = [Block(make_weights(48, hidden, dtype), *rest) for hidden, *rest in ((96, 2), (200, 4, "gelu"), (5, 1))]
+    with csrc.threads(threads):
+        got = cpu_blocks.blocks(x, Rows(tuple(lengths)), blocks, True, index, form)
+        before = cpu_blocks.blocks(x, Rows(tuple(lengths)), blocks[:2], True, None, form)
+        assert torch.equal(cpu_blocks.blocks(before, Rows(tuple(lengths)), blocks[2:], True, index, form), got)
+    first = 0
+    for i, length in enumerate(lengths):
+        alone = cpu_blocks.blocks(
+            x[first : first + length], Rows((length,)), blocks, True, index[i : i + 1] - first, form
+        )
+        assert torch.equal(alone[0], got[i])
+        first += length
+
+
+def test_one_row_of_weights_that_are_packed_strided_or_without_bias(cpu_library):
+    lengths = [9, 4]
+    x, block, rows = torch.randn(13, 64), make_weights(64, 96), Rows((9, 4))
+    index = some_rows(lengths)
+
+    def pooled(weights: BlockWeights, index: Tensor = index) -> Tensor:
+        return cpu_blocks.blocks(x, rows, [Block(weights, 2)], False, index)
+
+    expected = pooled(block)
+    assert torch.equal(pooled(block._replace(qkv_weight=block.qkv_weight.t().contiguous().t())), expected)
+    assert torch.equal(pooled(block, torch.stack([index, index], dim=1)[:, 0]), expected)
+    zeros = block._replace(qkv_bias=torch.zeros(192), out_bias=torch.zeros(64))
+    assert torch.equal(pooled(zeros), pooled(block._replace(qkv_bias=None, out_bias=None)))
+    matrices = [tensor for tensor in block if tensor.ndim == 2]
+    kept.keep(matrices)
+    try:
+        assert torch.equal(pooled(block), expected)
+    finally:
+        kept.forget(matrices)
+
+
+@pytest.mark.parametrize("index", [[-1, 5], [0, 3], [4, 9], [0, 1 << 40]], ids=str)
+def test_a_row_of_another_sequence_is_refused(cpu_library, index):
+    blocks = [Block(make_weights(64, 96), 2)]
+    with pytest.raises(RuntimeError, match="a size out of range"):
+        cpu_blocks.blocks(torch.randn(9, 64), Rows((4, 5)), blocks, False, torch.tensor(index))
+
+
+@pytest.mark.parametrize(
+    ("index", "lengths", "count", "error", "message"),
+    [
+        (torch.tensor([1]), [2, 3], 1, ValueError, r"index must be \[2\], got \[1\]"),
+        (torch.tensor([1, 4], dtype=torch.int32), [2, 3], 1, TypeError, "index must be int64, got torch.int32"),
+        (torch.tensor([1, 4]), [5, 0], 1, ValueError, "every sequence needs a row to attend to, and one is empty"),
+        (torch.tensor([1, 4]), [2, 3], 0, ValueError, "there is no block"),
+    ],
+)
+def test_refusals_of_an_index(index, lengths, count, error, message):
+    blocks = [Block(make_weights(64, 96), 2)] * count
+    with pytest.raises(error, match=message):
+        ops.blocks(torch.zeros(5, 64), offsets_of(*lengths), blocks, causal=False, index=index)
 
 
 @pytest.fixture

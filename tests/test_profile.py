@@ -14,7 +14,6 @@ from clipfast.architectures import ARCHITECTURES
 from clipfast.bench import ceilings, workload
 from clipfast.bench.peers import Spec, ours
 from clipfast.cli import main
-from clipfast.model import ResidualAttentionBlock
 from clipfast.profiling import marks, measure, steps
 from clipfast.roofline import Work
 
@@ -48,12 +47,12 @@ def data():
 def test_marks_see_every_operator(model, data, tower):
     step = steps.tower(model, tower, data[tower])
     plain = step()
-    pooled = ResidualAttentionBlock.pooled
+    pooled = ops.pooled_block_by_operators
     with marks.marked(model) as seen:
         assert ops.run is not dispatch.run
         # one by one they round a LayerNorm's rows before the product, in one call not
         torch.testing.assert_close(step(), plain, rtol=1e-4, atol=1e-5)
-    assert ops.run is dispatch.run and ResidualAttentionBlock.pooled is pooled
+    assert ops.run is dispatch.run and ops.pooled_block_by_operators is pooled
     blocks = [call.layer for call in seen.calls if call.layer != marks.OUTSIDE]
     assert list(dict.fromkeys(blocks)) == [f"{tower} block  0", f"{tower} block  1"]
     # one less in the last block

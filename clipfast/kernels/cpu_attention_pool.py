@@ -35,7 +35,8 @@ def _attention_pool_fwd(
         return out
     args = AttentionPoolArgs(
         ctypes.sizeof(AttentionPoolArgs),
-        *map(pointer, (query, tokens, offsets, q_weight, q_bias, k_weight, v_weight, v_bias, out)),
+        # an index and a LayerNorm are for cpu_blocks.cpp
+        *map(pointer, (query, tokens, None, None, None, offsets, q_weight, q_bias, k_weight, v_weight, v_bias, out)),
         len(query),
         query.shape[1],
         len(q_weight),

@@ -21,6 +21,7 @@ from clipfast.kernels.cpu_library import (
     BlockArgs,
     BlocksArgs,
     form,
+    pointer,
     run,
     threads,
 )
@@ -36,8 +37,13 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
-def _read(weights: BlockWeights, dtype: torch.dtype, instructions: str) -> tuple[list[Tensor | None], list[int]]:
-    """A block's tensors as the library reads them, and how the matrices lie in memory."""
+def _read(
+    weights: BlockWeights, dtype: torch.dtype, instructions: str, pooled: bool
+) -> tuple[list[Tensor | None], list[int]]:
+    """A block's tensors as the library reads them, and how the matrices lie in memory.
+
+    pooled: the joint projection is read as it is.
+    """
     read: list[Tensor | None] = []
     layouts = []
     for name, is_norm, tensor in zip(BlockWeights._fields, IS_NORM, weights, strict=True):
@@ -51,14 +57,25 @@ def _read(weights: BlockWeights, dtype: torch.dtype, instructions: str) -> tuple
         elif tensor.dtype != dtype:
             raise TypeError(f"x is {dtype}, {name} {tensor.dtype}: they must have one dtype")
         else:
-            packed = kept.layout(tensor, pack, instructions)
-            matrix, layout = laid_out(tensor) if packed is None else (packed, "packed")
+            if pooled and name == "qkv_weight":
+                matrix, layout = tensor.contiguous(), "rows"
+            elif (packed := kept.layout(tensor, pack, instructions)) is not None:
+                matrix, layout = packed, "packed"
+            else:
+                matrix, layout = laid_out(tensor)
             read.append(matrix)
             layouts.append(LAYOUTS[layout])
     return read, layouts
 
 
-def blocks(x: Tensor, rows: Rows, blocks: Sequence[Block], causal: bool, instructions: str = "best") -> Tensor:
+def blocks(
+    x: Tensor,
+    rows: Rows,
+    blocks: Sequence[Block],
+    causal: bool,
+    index: Tensor | None = None,
+    instructions: str = "best",
+) -> Tensor:
     """`clipfast.ops.blocks` without gradients; x and the matrices all float32 or all bfloat16.
 
     What `kept.keep` keeps of the matrices is packed once.
@@ -70,12 +87,14 @@ def blocks(x: Tensor, rows: Rows, blocks: Sequence[Block], causal: bool, instruc
         return x.clone()
     # each block writes where the next one reads, and the one after that again where it read
     outs = [torch.empty_like(x) for _ in blocks[:2]]
+    index = None if index is None else index.contiguous()
     width, dtype, of_threads, code = x.shape[1], DTYPES[x.dtype], threads(), form(instructions)
     alive, args, source = [], (BlockArgs * len(blocks))(), x
     for number, block in enumerate(blocks):
-        read, layouts = _read(block.weights, x.dtype, instructions)
+        pooled = index is not None and number + 1 == len(blocks)
+        read, layouts = _read(block.weights, x.dtype, instructions, pooled)
         alive.append(read)  # until the call has returned
-        target = outs[number % 2]
+        target = x.new_empty(len(rows.lengths), width) if pooled else outs[number % 2]
         args[number] = BlockArgs(
             SIZE,
             source.data_ptr(),
@@ -96,5 +115,5 @@ def blocks(x: Tensor, rows: Rows, blocks: Sequence[Block], causal: bool, instruc
             *block.eps,
         )
         source = target
-    run("blocks", BlocksArgs(SIZE_OF_ALL, ctypes.addressof(args), len(blocks)))
+    run("blocks", BlocksArgs(SIZE_OF_ALL, ctypes.addressof(args), len(blocks), pointer(index)))
     return source

@@ -44,10 +44,11 @@ class AttentionPoolArgs(Structure):
 
     _fields_ = [
         ("struct_size", c_int64),
-        *((name, c_void_p) for name in ("query", "tokens", "offsets")),
+        *((name, c_void_p) for name in ("query", "tokens", "index", "norm_weight", "norm_bias", "offsets")),
         *((name, c_void_p) for name in ("q_weight", "q_bias", "k_weight", "v_weight", "v_bias", "out")),
         *((name, c_int64) for name in ("sequences", "terms", "inner")),
         *((name, c_int32) for name in ("heads", "dtype", "threads", "instructions")),
+        ("eps", c_float),
     ]
 
 
@@ -79,7 +80,7 @@ class BlockArgs(Structure):
 class BlocksArgs(Structure):
     """clipfast_cpu_blocks_args"""
 
-    _fields_ = [("struct_size", c_int64), ("blocks", c_void_p), ("count", c_int64)]
+    _fields_ = [("struct_size", c_int64), ("blocks", c_void_p), ("count", c_int64), ("index", c_void_p)]
 
 
 class PackArgs(Structure):
@@ -117,7 +118,7 @@ class ReadArgs(Structure):
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
-    7,  # CLIPFAST_CPU_ABI_VERSION
+    8,  # CLIPFAST_CPU_ABI_VERSION
     {
         "clipfast_cpu_best": (c_int, ()),
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),

@@ -51,9 +51,8 @@ def marked(model: nn.Module) -> Iterator[Marks]:
     Blocks that a CPU computes in one call are their operators one by one here, or none of them would be seen.
     """
     marks, run = Marks(), ops.run
-    # a block is known by itself, and where it is taken apart before, by its first matrix
-    layers = {id(block): name for name, block in _blocks(model)}
-    layers |= {id(block.attn.in_proj_weight): name for name, block in _blocks(model)}
+    # a block is known by its first matrix
+    layers = {id(block.attn.in_proj_weight): name for name, block in _blocks(model)}
 
     def marked_run(operator: str, x: Tensor, tensors: tuple[Tensor | None, ...], *arguments: Any) -> Any:
         name = f"{PREFIX}{operator} {len(marks.calls)}"
@@ -61,28 +60,22 @@ def marked(model: nn.Module) -> Iterator[Marks]:
         with record_function(name):
             return run(operator, x, tensors, *arguments)
 
-    def in_layer(known_by: object, call: Callable[[], Tensor]) -> Tensor:
-        marks.layer = layers.get(id(known_by), OUTSIDE)
+    def marked_block(by_operators: Callable[..., Tensor], x: Tensor, rows: Rows, block: Block, *of: Any) -> Tensor:
+        marks.layer = layers.get(id(block.weights.qkv_weight), OUTSIDE)
         try:
             with record_function(f"{PREFIX}layer {marks.layer}"):
-                return call()
+                return by_operators(x, rows, block, *of)
         finally:
             marks.layer = OUTSIDE
 
-    pooled, by_operators = ResidualAttentionBlock.pooled, ops.block_by_operators
-
-    def marked_block(x: Tensor, rows: Rows, block: Block, causal: bool) -> Tensor:
-        call = functools.partial(by_operators, x, rows, block, causal)
-        return in_layer(block.weights.qkv_weight, call)
-
-    def marked_pooled(block: ResidualAttentionBlock, *arguments: Any) -> Tensor:
-        return in_layer(block, functools.partial(pooled, block, *arguments))
+    def taken_apart(name: str) -> Any:
+        return mock.patch.object(ops, name, functools.partial(marked_block, getattr(ops, name)))
 
     with (
         mock.patch.object(ops, "run", marked_run),
         mock.patch.object(dispatch, "whole_blocks", return_value=None),
-        mock.patch.object(ops, "block_by_operators", marked_block),
-        mock.patch.object(ResidualAttentionBlock, "pooled", marked_pooled),
+        taken_apart("block_by_operators"),
+        taken_apart("pooled_block_by_operators"),
     ):
         yield marks
 
