@@ -16,11 +16,13 @@ from clipfast import dispatch, ops, reference, tuning
 from clipfast.blocks import Block, BlockWeights
 from clipfast.kernels import cpu_attention, cpu_blocks, cpu_linear, kept
 from clipfast.kernels.cpu_library import BlockArgs, BlocksArgs
+from clipfast.model import convert_weights
 from clipfast.packing import Rows
 
 from . import csrc
 from .accuracy import assert_accurate
 from .op_cases import PEERS, norm, offsets_of, weights
+from .tiny_clips import randomise
 
 DTYPES = [torch.float32, torch.bfloat16]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -351,6 +353,25 @@ def test_where_they_are_what_they_are_made_of(preferred, dtype):
     y.sum().backward()
     # the keys' bias adds the same to every score, but is no number of its own here
     assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
+
+
+@by_dtype
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("prepacked", [False, True], ids=["", "prepacked"])
+def test_an_embedding_does_not_depend_on_its_batch(preferred, threads, prepacked, dtype):
+    """To the bit: alone, in a batch whose captions pass together, and in one that is cut by rows and by threads."""
+    # 17 rows an image, up to 20 a caption
+    model = randomise(clipfast.CLIP(32, 64, 3, 128, 16, 20, 50, 128, 2, 3)).eval()
+    convert_weights(model, dtype)
+    if prepacked:
+        model.prepack_weights()
+    images, texts = torch.randn(70, 3, 64, 64), torch.randint(49, (70, 20))
+    texts[torch.arange(70), torch.randint(20, (70,))] = 49
+    with torch.no_grad(), csrc.threads(threads):
+        for encode, batch in ((model.encode_image, images), (model.encode_text, texts)):
+            together = encode(batch)
+            for some in (slice(7), slice(7, 8), slice(8, 17), slice(17, 64), slice(64, 70)):
+                assert torch.equal(encode(batch[some]), together[some])
 
 
 def test_explain_shows_their_operators(preferred):
