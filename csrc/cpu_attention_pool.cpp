@@ -149,8 +149,8 @@ struct Pool {
     int64_t start = 0;
 
     Pool(const clipfast_cpu_attention_pool_args &args, int64_t longest)
-        : args(args), terms(args.terms), head(args.inner / args.heads), heads(args.heads), wide_terms(up(args.terms, 2 * WIDE<S>)),
-          longest(longest) {}
+        : args(args), terms(args.terms), head(args.inner / args.heads), heads(args.heads),
+          wide_terms(up(args.terms, 2 * WIDE<S>)), longest(longest) {}
 
     int64_t sums_of_thread() const { return apart(sizeof(S) * (DOWN * longest + SEQUENCES * head)) / int64_t(sizeof(S)); }
     int64_t sums() const { return apart(sizeof(S) * SEQUENCES * heads * wide_terms) / int64_t(sizeof(S)); }

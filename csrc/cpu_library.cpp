@@ -65,7 +65,8 @@ bool valid(const clipfast_cpu_attention_pool_args &args) {
         return false;
     for (int64_t i = 0; i < args.sequences; i++) {
         if (args.offsets[i + 1] <= args.offsets[i]) return false;
-        if (args.index != nullptr && (args.index[i] < args.offsets[i] || args.index[i] >= args.offsets[i + 1])) return false;
+        if (args.index != nullptr && (args.index[i] < args.offsets[i] || args.index[i] >= args.offsets[i + 1]))
+            return false;
     }
     return true;
 }
