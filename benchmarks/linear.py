@@ -53,8 +53,8 @@ WIDTHS = {"ViT-B/32": 768, "ViT-L/14": 1024}
 # a caption's last row, captions, images of ViT-B/32, a whole caption, images of ViT-B/16 and ViT-L/14, and several
 ROWS = (1, 8, 16, 50, 77, 200, 257, 800, 1600)
 QUICK_ROWS = (1, 50)
-# Calls of FEW rows are short: so many times as many are made, and so many together. The first of them writes back what
-# those before it left in the caches: MKL and oneDNN lay the whole weight out anew.
+# Calls of FEW rows are short: so many times as many are made, and so many in a row in each turn. The first of them pays
+# for what the contestant before left in the caches, to be written back: MKL and oneDNN lay the whole weight out anew.
 MANY = 4
 # bytes of equal weights that are met in turn: more than a cache has
 WEIGHTS, QUICK_WEIGHTS = 128 << 20, 1

@@ -426,7 +426,7 @@ def whole_blocks(x: Tensor, blocks: Sequence[Block], pooled: bool = False) -> Ca
     """What computes residual attention blocks in one call, or None where each of their operators is on its own.
 
     No operator of its own: `explain` shows those that a block is made of, which must all run on libclipfast_cpu.
-    pooled: the last one by `attention_pool`.
+    pooled: the last block computes one row of each sequence, by `attention_pool`.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not blocks:
         return None
@@ -435,7 +435,11 @@ def whole_blocks(x: Tensor, blocks: Sequence[Block], pooled: bool = False) -> Ca
     matrices = [tensor for tensor in tensors if tensor is not None and tensor.ndim == 2]
     call = call._replace(shape=(_one_dtype(x, *matrices),))
     # one call stands for all of them: on a CPU none depends on more than these facts
-    parts = ["linear", "mlp", *["attention"] * (len(blocks) > pooled), *["attention_pool"] * pooled]
+    parts = ["linear", "mlp"]
+    if len(blocks) > 1 or not pooled:
+        parts.append("attention")
+    if pooled:
+        parts.append("attention_pool")
     return cpu_blocks.blocks if all(_decided(part, call).backend == "cpu" for part in parts) else None
 
 

@@ -263,14 +263,14 @@ class Transformer(nn.Module):
         return torch.cat(parts)
 
     def _pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+        if not self._checkpoints():
             return ops.blocks(x, rows, self._stack(), causal=causal, index=index)
         x = self._packed(len(self.resblocks) - 1, x, rows, causal)
         return self._kept_or_again(self.resblocks[-1].pooled, x, rows, index)
 
     def _packed(self, count: int, x: Tensor, rows: Rows, causal: bool) -> Tensor:
         """Packed rows [T, W] through the first `count` blocks."""
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+        if not self._checkpoints():
             return ops.blocks(x, rows, self._stack()[:count], causal=causal)
         for block in [*self.resblocks][:count]:
             x = self._kept_or_again(block.packed, x, rows, causal)
@@ -281,9 +281,12 @@ class Transformer(nn.Module):
         weights = gathered(self, lambda: [block.weights() for block in self.resblocks])
         return [block.for_ops(its_own) for block, its_own in zip(self.resblocks, weights, strict=True)]
 
+    def _checkpoints(self) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled()
+
     def _kept_or_again(self, block: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """A block's result; what its gradients need is kept, or with grad_checkpointing computed again."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        if self._checkpoints():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)
 

@@ -23,7 +23,8 @@ enum clipfast_cpu_error {
     CLIPFAST_CPU_OK = 0,
     CLIPFAST_CPU_ERROR_ARGUMENT = -1,     /* a null pointer, a bad size, an unknown dtype, activation, layout or struct_size */
     CLIPFAST_CPU_ERROR_INSTRUCTIONS = -2, /* this CPU has not the instructions asked for */
-    CLIPFAST_CPU_ERROR_MEMORY = -3        /* no memory for what is computed in between */
+    CLIPFAST_CPU_ERROR_MEMORY = -3,       /* no memory for what is computed in between */
+    CLIPFAST_CPU_ERROR_INDEX = -4         /* an index that is no row of its sequence, or a sequence without rows */
 };
 
 /* Which of the compiled forms runs: the best this CPU has, or one by name. */
@@ -108,10 +109,10 @@ typedef struct clipfast_cpu_pack_args {
  */
 typedef struct clipfast_cpu_attention_pool_args {
     int64_t struct_size;    /* sizeof(clipfast_cpu_attention_pool_args) */
-    const void *query;      /* [sequences, terms] of dtype, contiguous like all of these; null if index is not */
+    const void *query;      /* [sequences, terms] of dtype, contiguous like all of these; null with an index */
     const void *tokens;     /* [T, terms] */
-    const int64_t *index;   /* [sequences]: the rows of tokens that are the queries, or null */
-    const void *norm_weight; /* [terms] float32 of a LayerNorm of tokens before all this, rounded to dtype; null for none */
+    const int64_t *index;   /* [sequences]: the rows of tokens that are the queries, each of its own sequence; or null */
+    const void *norm_weight; /* with an index, [terms] float32: of a LayerNorm of tokens before all this, rounded to dtype */
     const void *norm_bias;
     const int32_t *offsets; /* [sequences + 1]: first row of each sequence, the last entry T; increasing */
     const void *q_weight;   /* [inner, terms] */
@@ -175,8 +176,8 @@ typedef struct clipfast_cpu_blocks_args {
     int64_t struct_size; /* sizeof(clipfast_cpu_blocks_args) */
     const clipfast_cpu_block_args *blocks;
     int64_t count;
-    const int64_t *index; /* [sequences]: rows of x; then the last block's out is [sequences, width], and its qkv_weight
-                           * lies in rows. Null for none */
+    const int64_t *index; /* [sequences]: a row of each sequence, none of which is empty; or null. Then the last block's out
+                           * is [sequences, width], its qkv_weight lies in rows, and its scale and causal are not read */
 } clipfast_cpu_blocks_args;
 
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in

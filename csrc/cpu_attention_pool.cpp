@@ -2,7 +2,8 @@
 // (CMakeLists.txt).
 //
 // With one query the products reassociate, q.(Wk y) = (Wk^T q).y and sum p (Wv y) = Wv (sum p y): keys and values of the
-// rows are never computed, and reading the three weights is most of the work. Three passes: `direct` folds a head's query
+// rows are never computed, and reading the three weights is most of the work. Three passes, after a LayerNorm of the rows
+// where the queries are among them: `direct` folds a head's query
 // into its keys' weight, `attend` weighs a sequence's rows by it, `finish` multiplies their mean by the values' weight.
 // Sums round more in this order, so those of float32 are float64, and those of bfloat16 float32.
 #include <omp.h>
@@ -208,70 +209,50 @@ struct Pool {
     }
 };
 
-// Rows as they are, or normalised into memory.
-template <typename T>
-struct Tokens {
-    const clipfast_cpu_attention_pool_args &args;
-    const Norm norm;
-
-    explicit Tokens(const clipfast_cpu_attention_pool_args &args)
-        : args(args),
-          norm{static_cast<const float *>(args.norm_weight), static_cast<const float *>(args.norm_bias), args.eps} {}
-
-    // by all threads together: rows [first, first + n) of tokens, or to `memory`
-    const T *rows(int64_t first, int64_t n, T *memory) const {
-        const T *const from = static_cast<const T *>(args.tokens) + first * args.terms;
-        if (norm.weight == nullptr) return from;
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < n; r++) normalise(from + r * args.terms, args.terms, norm, memory + r * args.terms);
-        return memory;
-    }
-
-    // the queries of n sequences, one behind the other
-    const T *queries(int64_t first, int64_t n, T *memory) const {
-        if (args.index == nullptr) return static_cast<const T *>(args.query) + first * args.terms;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; i++) {
-            const T *const from = static_cast<const T *>(args.tokens) + args.index[first + i] * args.terms;
-            if (norm.weight == nullptr)
-                memcpy(memory + i * args.terms, from, args.terms * sizeof(T));
-            else
-                normalise(from, args.terms, norm, memory + i * args.terms);
-        }
-        return memory;
-    }
-};
-
 template <typename T>
 int pool(const clipfast_cpu_attention_pool_args &args) {
     int64_t longest = 0, most = 0; // rows of a sequence, and of those that pass together
     for (int64_t i = 0; i < args.sequences; i++) {
-        const int64_t together = args.offsets[least(i + SEQUENCES, args.sequences)] - args.offsets[i];
         const int64_t length = args.offsets[i + 1] - args.offsets[i];
         longest = length > longest ? length : longest;
+    }
+    for (int64_t i = 0; i < args.sequences; i += SEQUENCES) {
+        const int64_t together = args.offsets[least(i + SEQUENCES, args.sequences)] - args.offsets[i];
         most = together > most ? together : most;
     }
-    const Pool<T> whole(args, longest);
-    const Tokens<T> tokens(args);
+    const Pool<T> shared(args, longest);
+    const T *const tokens = static_cast<const T *>(args.tokens);
+    const int64_t terms = args.terms;
+    const Norm norm{static_cast<const float *>(args.norm_weight), static_cast<const float *>(args.norm_bias), args.eps};
     static thread_local Memory kept;
     typedef Sum<T> S;
-    const int64_t of_sums = sizeof(S) * (whole.sums() + args.threads * whole.sums_of_thread());
-    const int64_t of_rows = (args.index == nullptr ? 0 : SEQUENCES) + (args.norm_weight == nullptr ? 0 : most);
-    char *const memory = static_cast<char *>(kept.reserve(of_sums + of_rows * args.terms * int64_t(sizeof(T))));
+    const int64_t of_sums = sizeof(S) * (shared.sums() + args.threads * shared.sums_of_thread());
+    const int64_t of_rows = args.index == nullptr ? 0 : SEQUENCES + most;
+    char *const memory = static_cast<char *>(kept.reserve(of_sums + of_rows * terms * int64_t(sizeof(T))));
     if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
     S *const directions = reinterpret_cast<S *>(memory);
-    T *const queries = reinterpret_cast<T *>(memory + of_sums);
-    T *const rows = queries + (args.index == nullptr ? 0 : SEQUENCES) * args.terms;
-    const int64_t parts = units(whole.heads, DOWN); // of a sequence's heads
+    T *const queries = reinterpret_cast<T *>(memory + of_sums), *const normed = queries + SEQUENCES * terms;
+    const int64_t parts = units(shared.heads, DOWN); // of a sequence's heads
 #pragma omp parallel num_threads(args.threads)
     {
-        Pool<T> pool = whole;
+        Pool<T> pool = shared;
         S *const own = directions + pool.sums() + omp_get_thread_num() * pool.sums_of_thread();
         for (int64_t first = 0; first < args.sequences; first += SEQUENCES) {
             const int64_t n = least(args.sequences - first, SEQUENCES);
             pool.start = args.offsets[first];
-            pool.tokens = tokens.rows(pool.start, args.offsets[first + n] - pool.start, rows);
-            pool.queries = tokens.queries(first, n, queries);
+            if (args.index == nullptr) {
+                pool.tokens = tokens + pool.start * terms;
+                pool.queries = static_cast<const T *>(args.query) + first * terms;
+            } else {
+#pragma omp for schedule(static)
+                for (int64_t r = pool.start; r < args.offsets[first + n]; r++)
+                    normalise(tokens + r * terms, terms, norm, normed + (r - pool.start) * terms);
+#pragma omp for schedule(static)
+                for (int64_t i = 0; i < n; i++)
+                    memcpy(queries + i * terms, normed + (args.index[first + i] - pool.start) * terms, terms * sizeof(T));
+                pool.tokens = normed;
+                pool.queries = queries;
+            }
 #pragma omp for schedule(dynamic, 1)
             for (int64_t h = 0; h < pool.heads; h++) pool.direct(h, n, directions, own);
 #pragma omp for schedule(dynamic, 1)

@@ -4,7 +4,8 @@
 // some of them through all blocks and waits for nobody (`by_themselves`).
 // With an index, the last block computes one row of each sequence, as cpu_attention_pool.cpp does, all threads together.
 //
-// What is computed in between stays in memory of a bounded size, whatever the batch, and is in the cache where it is read.
+// What is computed in between of all rows stays in memory of a bounded size, whatever the batch, and is in the cache where it
+// is read. Of the pooled rows, one a sequence, it is all there at once.
 #include <cstring>
 #include <initializer_list>
 
@@ -138,7 +139,7 @@ int run_sequences(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t
     while (first < last) {
         const int64_t start = offsets[first];
         int64_t end = first + 1;
-        while (end < last && offsets[end + 1] - start <= most && offsets[end] + offsets[end + 1] - 2 * start <= 2 * goal)
+        while (end < last && offsets[end + 1] - start <= most && offsets[end] - start + offsets[end + 1] - start <= 2 * goal)
             end++;
         for (int64_t i = 0; i < args.count && offsets[end] > start; i++) {
             clipfast_cpu_block_args block = args.blocks[i];
@@ -198,7 +199,7 @@ int run_pooled(const clipfast_cpu_block_args &args, const int64_t *index) {
 int64_t first_of(const clipfast_cpu_block_args &args, int64_t thread) {
     const int64_t goal = int64_t(args.offsets[args.sequences]) * thread / args.threads;
     int64_t i = 0;
-    while (i < args.sequences && args.offsets[i] + args.offsets[i + 1] < 2 * goal) i++;
+    while (i < args.sequences && int64_t(args.offsets[i]) + args.offsets[i + 1] < 2 * goal) i++;
     return thread == args.threads ? args.sequences : i;
 }
 
@@ -259,9 +260,12 @@ int clipfast_cpu_blocks(const clipfast_cpu_blocks_args *args) {
     if (args->index != nullptr && (args->count == 0 || args->blocks[args->count - 1].qkv_layout != CLIPFAST_CPU_ROWS))
         return CLIPFAST_CPU_ERROR_ARGUMENT;
     if (args->count == 0 || args->blocks[0].sequences == 0) return CLIPFAST_CPU_OK;
-    clipfast_cpu_blocks_args whole = *args; // blocks of all rows
-    if (args->index != nullptr) whole.count--;
-    const int code = run_blocks(whole);
-    if (code != CLIPFAST_CPU_OK || args->index == nullptr) return code;
-    return run_pooled(args->blocks[whole.count], args->index);
+    if (args->index == nullptr) return run_blocks(*args);
+    const clipfast_cpu_block_args &last = args->blocks[args->count - 1];
+    for (int64_t i = 0; i < last.sequences; i++)
+        if (args->index[i] < last.offsets[i] || args->index[i] >= last.offsets[i + 1]) return CLIPFAST_CPU_ERROR_INDEX;
+    clipfast_cpu_blocks_args before = *args;
+    before.count--;
+    const int code = run_blocks(before);
+    return code == CLIPFAST_CPU_OK ? run_pooled(last, args->index) : code;
 }

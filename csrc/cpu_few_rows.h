@@ -1,8 +1,8 @@
 // A few rows of x times a weight as it is, for csrc/cpu_linear.cpp.
 //
-// Reading the weight is the work then. SQUARE of its rows at a time are multiplied from their beginning to their end, and
-// transposed in registers; the next ones are asked for meanwhile, line after line in the order of memory, in which a CPU
-// reads fastest. Each sum is what panels make it, to the bit: a row of x does not depend on how many others there are.
+// Reading the weight is the work then. SQUARE of its rows at a time are read from their first term to their last and
+// transposed in registers; meanwhile the next ones are prefetched, in the order of memory, in which a CPU reads fastest.
+// Each sum is what panels make it, to the bit: a row of x does not depend on how many others there are.
 #ifndef CLIPFAST_CPU_FEW_ROWS_H
 #define CLIPFAST_CPU_FEW_ROWS_H
 
@@ -10,20 +10,20 @@
 
 namespace {
 
-// Rows whose sums are in registers together.
+// Rows, at most: their sums are in registers together.
 constexpr int64_t FEW = 8;
 
-// Is this faster than panels for so few rows? Blocks of ViT-B/32 and L/14, two threads of an AMD EPYC (Zen 4), for 1, 4 and
-// 8 rows: float32 1.2 to 1.3, 1.1 to 1.3, 1.0 to 1.1 times as fast; 16 rows by 8 0.8. bfloat16 held to AVX2 1.2, 1.1, 1.1;
-// with AVX-512, whether it is widened or not, 1.0, 1.0, 0.95.
+// Is this faster than panels? Times as fast, for 1, 4 and 8 rows of the blocks of ViT-B/32 and L/14, two threads of an AMD
+// EPYC (Zen 4, 2026-11-30): float32 1.2 to 1.3, 1.1 to 1.3, 1.0 to 1.1; bfloat16 held to AVX2 1.2, 1.1, 1.1, with AVX-512
+// 1.0, 1.0, 0.95. Sixteen rows, eight at a time: 0.8.
 template <typename T>
 constexpr bool SERVES_FEW = sizeof(T) == 4 || LANES < 16;
 
 // a register of SQUARE columns
 typedef float Columns __attribute__((vector_size(4 * SQUARE)));
 
-// SQUARE rows of the weight, or what is left of them, over a chain of terms. The rows are `stride` bytes apart; `bytes` of
-// each are there, `words` with zeros behind them.
+// SQUARE rows of the weight, or what is left of them, over a chain of terms. They are `stride` bytes apart.
+// bytes: of each row in memory.   words: the same, filled up with zeros
 struct Strip {
     const char *weight;
     int64_t stride, rows, bytes, words;

@@ -59,14 +59,14 @@ bool valid(const clipfast_cpu_attention_pool_args &args) {
     if (args.sequences == 0) return true;
     for (const void *needed : {args.tokens, args.q_weight, args.k_weight, args.v_weight})
         if (needed == nullptr) return false;
-    // queries of their own were not normalised
-    if (args.index == nullptr ? args.query == nullptr || args.norm_weight != nullptr : args.query != nullptr) return false;
-    if (args.out == nullptr || args.offsets == nullptr || (args.norm_weight != nullptr && args.norm_bias == nullptr))
+    if (args.out == nullptr || args.offsets == nullptr) return false;
+    // rows of tokens, normalised with them; or queries as they are handed in, and tokens too
+    const bool rows = args.index != nullptr;
+    if ((args.query == nullptr) != rows || (args.norm_weight != nullptr) != rows || (args.norm_bias != nullptr) != rows)
         return false;
     for (int64_t i = 0; i < args.sequences; i++) {
         if (args.offsets[i + 1] <= args.offsets[i]) return false;
-        if (args.index != nullptr && (args.index[i] < args.offsets[i] || args.index[i] >= args.offsets[i + 1]))
-            return false;
+        if (rows && (args.index[i] < args.offsets[i] || args.index[i] >= args.offsets[i + 1])) return false;
     }
     return true;
 }
@@ -124,6 +124,7 @@ const char *clipfast_cpu_error_text(int code) {
                    "version";
         case CLIPFAST_CPU_ERROR_INSTRUCTIONS: return "this CPU has not the instructions asked for";
         case CLIPFAST_CPU_ERROR_MEMORY: return "no memory for what is computed in between";
+        case CLIPFAST_CPU_ERROR_INDEX: return "each index must be a row of its own sequence, and no sequence empty";
     }
     return "unknown error";
 }

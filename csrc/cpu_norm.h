@@ -1,4 +1,4 @@
-// LayerNorm on a CPU, within what follows it.
+// LayerNorm of a row, for operators that begin with one.
 #ifndef CLIPFAST_CPU_NORM_H
 #define CLIPFAST_CPU_NORM_H
 

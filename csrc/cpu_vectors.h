@@ -115,7 +115,7 @@ Floats across_lanes(Floats x, Join join) {
 constexpr int SQUARE = LANES < 8 ? 4 : 8;
 typedef uint32_t Row __attribute__((vector_size(4 * SQUARE)));
 
-// Four words of memory; for registers of 8, four more.
+// A register of four words at `first`; one of eight has four at `second` behind them.
 inline __attribute__((always_inline)) Row load_fours(const char *first, const char *second) {
 #if defined(__AVX2__)
     return (Row)_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)first)),
@@ -142,8 +142,8 @@ inline Row first_pairs(Row a, Row b) { return __builtin_shuffle(a, b, Row{0, 1, 
 inline Row last_pairs(Row a, Row b) { return __builtin_shuffle(a, b, Row{2, 3, 6, 7}); }
 #endif
 
-// Four words of SQUARE rows that are `stride` bytes apart, word by word. Each four lanes are a matrix of four rows, and
-// are read so: half as many shuffles as if whole registers were read and then exchanged.
+// words[i]: word i of SQUARE rows that are `stride` bytes apart. Rows j and j + 4 share a register, so that one transposition
+// of 4 x 4 serves both: half the shuffles of reading whole rows.
 inline __attribute__((always_inline)) void turn_four(const char *from, int64_t stride, Row words[4]) {
     Row rows[4];
 #pragma GCC unroll 4

@@ -305,14 +305,16 @@ def test_one_row_of_weights_that_are_packed_strided_or_without_bias(cpu_library)
 @pytest.mark.parametrize("index", [[-1, 5], [0, 3], [4, 9], [0, 1 << 40]], ids=str)
 def test_a_row_of_another_sequence_is_refused(cpu_library, index):
     blocks = [Block(make_weights(64, 96), 2)]
-    with pytest.raises(RuntimeError, match="a size out of range"):
-        cpu_blocks.blocks(torch.randn(9, 64), Rows((4, 5)), blocks, False, torch.tensor(index))
+    for backend in ("cpu", "torch"):
+        with torch.no_grad(), clipfast.backend(backend), pytest.raises(RuntimeError, match="a row of its own sequence"):
+            ops.blocks(torch.randn(9, 64), [0, 4, 9], blocks, causal=False, index=torch.tensor(index))
 
 
 @pytest.mark.parametrize(
     ("index", "lengths", "count", "error", "message"),
     [
         (torch.tensor([1]), [2, 3], 1, ValueError, r"index must be \[2\], got \[1\]"),
+        ([1, 4], [2, 3], 1, TypeError, "index must be a tensor of int64, got list"),
         (torch.tensor([1, 4], dtype=torch.int32), [2, 3], 1, TypeError, "index must be int64, got torch.int32"),
         (torch.tensor([1, 4]), [5, 0], 1, ValueError, "every sequence needs a row to attend to, and one is empty"),
         (torch.tensor([1, 4]), [2, 3], 0, ValueError, "there is no block"),

@@ -35,7 +35,7 @@ def _attention_pool_fwd(
         return out
     args = AttentionPoolArgs(
         ctypes.sizeof(AttentionPoolArgs),
-        # an index and a LayerNorm are for cpu_blocks.cpp
+        # index and LayerNorm: only csrc/cpu_blocks.cpp passes them
         *map(pointer, (query, tokens, None, None, None, offsets, q_weight, q_bias, k_weight, v_weight, v_bias, out)),
         len(query),
         query.shape[1],

@@ -42,7 +42,7 @@ def _read(
 ) -> tuple[list[Tensor | None], list[int]]:
     """A block's tensors as the library reads them, and how the matrices lie in memory.
 
-    pooled: the joint projection is read as it is.
+    pooled: it is the last one of a call with an index, which reads the joint projection as it is.
     """
     read: list[Tensor | None] = []
     layouts = []
@@ -86,7 +86,7 @@ def blocks(
     if not len(blocks) or not len(x):
         return x.clone()
     # each block writes where the next one reads, and the one after that again where it read
-    outs = [torch.empty_like(x) for _ in blocks[:2]]
+    outs = [torch.empty_like(x) for _ in range(min(2, len(blocks) - (index is not None)))]
     index = None if index is None else index.contiguous()
     width, dtype, of_threads, code = x.shape[1], DTYPES[x.dtype], threads(), form(instructions)
     alive, args, source = [], (BlockArgs * len(blocks))(), x

@@ -2,7 +2,8 @@
 
 oneDNN wants the weights in an order of its own and copies them in each call, which for one image or a few captions is
 most of the time; MKL runs float32 at AVX2 speed unless the CPU is Intel's. Here a few columns at a time are put
-in order, in the cache, while the next are read. Beside both on one machine: `python -m benchmarks.linear`.
+in order, in the cache, or for few rows in registers, while the next are read. Beside both on one machine:
+`python -m benchmarks.linear`.
 """
 
 from __future__ import annotations

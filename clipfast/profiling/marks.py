@@ -68,14 +68,14 @@ def marked(model: nn.Module) -> Iterator[Marks]:
         finally:
             marks.layer = OUTSIDE
 
-    def taken_apart(name: str) -> Any:
+    def patched(name: str) -> Any:
         return mock.patch.object(ops, name, functools.partial(marked_block, getattr(ops, name)))
 
     with (
         mock.patch.object(ops, "run", marked_run),
         mock.patch.object(dispatch, "whole_blocks", return_value=None),
-        taken_apart("block_by_operators"),
-        taken_apart("pooled_block_by_operators"),
+        patched("block_by_operators"),
+        patched("pooled_block_by_operators"),
     ):
         yield marks
 
