@@ -373,7 +373,7 @@ torch.set_num_threads(2)
 best = cpu_library.LIBRARY.use().clipfast_cpu_best()
 forms = [name for name, code in cpu_library.INSTRUCTIONS.items() if 0 < code <= best]
 for form, dtype in itertools.product(forms, (torch.float32, torch.bfloat16)):
-    for rows, terms, columns in itertools.product((1, 7, 300), (1, 17, 64, 130), (1, 3, 6, 67, 97)):
+    for rows, terms, columns in itertools.product((1, 7, 300), (1, 31, 64, 130), (1, 3, 6, 64, 67, 97)):
         x, weight, bias, residual = (
             guarded(torch.randn(shape).to(dtype))
             for shape in ((rows, terms), (columns, terms), (columns,), (rows, columns))

@@ -136,19 +136,32 @@ def test_threads_change_nothing(form, rows, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_a_row_does_not_depend_on_its_neighbours(form, dtype):
-    for rows, some in ((96, slice(3, 20)), (7, slice(6, 7)), (600, slice(100, 401)), (1100, slice(1023, 1025))):
-        case = linear_case(rows, 130, 70, dtype)
+    places = [(96, slice(3, 20)), (7, slice(6, 7)), (600, slice(100, 401)), (1100, slice(1023, 1025))]
+    # a few rows have a loop of their own
+    places += [(20, slice(11, 11 + few)) for few in range(1, 10)]
+    for rows, some in places:
+        case = linear_case(rows, 391, 70, dtype)
         x, *others = case.arguments
         alone = run(case._replace(arguments=(x[some], *others)), form)
         assert torch.equal(run(case, form)[some], alone)
 
 
+@pytest.mark.parametrize("terms", [1, 4, 8, 12])
+def test_a_product_that_underflows_has_one_sign(form, terms):
+    """Of zero, which torch.equal does not see: as many zeros are added to few rows' sums as to those of many."""
+    x, weight = torch.zeros(20, terms), torch.zeros(11, terms)
+    x[:, -1], weight[:, -1] = 1e-30, -1e-30
+    got, alone = (cpu_linear.linear(rows, weight, None, None, None, form) for rows in (x, x[:3]))
+    assert not got.any() and torch.equal(got[:3].signbit(), alone.signbit())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("rows", [9, 300])
-def test_what_is_not_finite_stays_in_its_row_and_column(form, rows, bad, dtype):
+@pytest.mark.parametrize("rows", [5, 9, 300])
+@pytest.mark.parametrize("columns", [53, 64])
+def test_what_is_not_finite_stays_in_its_row_and_column(form, columns, rows, bad, dtype):
     """NaN in every number that is not an argument's, too: nothing beyond an operand is used."""
-    terms, columns = 47, 53
+    terms = 47
     around = torch.full((4, rows + columns + 2, 2 * terms), float("nan"), dtype=dtype)
     x, weight = around[0].flatten()[5:][: rows * terms].view(rows, terms), around[1].flatten()[3:][: columns * terms]
     weight = weight.view(columns, terms)
@@ -158,8 +171,9 @@ def test_what_is_not_finite_stays_in_its_row_and_column(form, rows, bad, dtype):
         tensor.copy_(torch.randn(tensor.shape))
     case = Case("linear", (x, weight, bias), {"residual": residual})
     check(case, form)
+    # the last of its row and the first: who reads on from column 49 multiplies it
     x[4, 46] = bad
-    weight[50, 3] = bad
+    weight[50, 0] = bad
     got = run(case, form)
     assert not got[4].isfinite().any() and not got[:, 50].isfinite().any()
     rest = torch.ones(rows, columns, dtype=torch.bool)
