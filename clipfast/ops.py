@@ -167,8 +167,8 @@ def blocks(
     offsets: Rows, or [B + 1] integers: first row of each sequence, the last entry T.
     blocks:  of width W, a multiple of their heads; the matrices of x's dtype.
     causal:  a row attends to itself and to those before it.
-    index:   [B] int64, one row of each sequence, none of which is empty. The last block computes these rows alone, and each
-             attends to its whole sequence even if causal, as only a sequence's last row does otherwise.
+    index:   [B] int64, one row of each sequence, none of which is empty. The last block computes these rows alone, and
+             each attends to its whole sequence even if causal, as only a sequence's last row does otherwise.
     Returns: [T, W], or with an index [B, W]; dtype of x.
     Raises:  ValueError if the shapes disagree or an activation is unknown, TypeError for an index of another dtype,
              RuntimeError if the devices differ, or on a CPU if an index is no row of its sequence.
@@ -184,17 +184,14 @@ def blocks(
     whole = dispatch.whole_blocks(x, blocks, pooled=index is not None)
     if whole is not None:
         return whole(x, rows, blocks, causal, index)
-    for block in blocks[: None if index is None else -1]:
-        x = block_by_operators(x, rows, block, causal)
-    if index is None:
-        return x
-    if (
-        x.device.type == "cpu" and not dispatch.traced()
-    ):  # libclipfast_cpu sees to it itself, and a GPU would be waited for
+    # libclipfast_cpu sees to it itself, and a GPU would be waited for
+    if index is not None and x.device.type == "cpu" and not dispatch.traced():
         starts = rows.derive("offsets", Rows.offsets, x.device)
         if bool(((index < starts[:-1]) | (index >= starts[1:])).any()):
             raise RuntimeError("each index must be a row of its own sequence")
-    return pooled_block_by_operators(x, rows, blocks[-1], index)
+    for block in blocks[: None if index is None else -1]:
+        x = block_by_operators(x, rows, block, causal)
+    return x if index is None else pooled_block_by_operators(x, rows, blocks[-1], index)
 
 
 def _expect_index(index: Tensor, x: Tensor, rows: Rows, blocks: Sequence[Block]) -> None:

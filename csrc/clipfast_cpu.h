@@ -170,14 +170,15 @@ typedef struct clipfast_cpu_block_args {
 } clipfast_cpu_block_args;
 
 /* Blocks one after the other: of the same sequences and width, in the same dtype, form and threads, each of what the one
- * before it returned. With an index, the last computes one row of each sequence, which attends to all rows of it.
+ * before it returned. With an index, the last computes one row of each sequence, none of which is empty, and the row attends
+ * to all of it: then the last one's out is [sequences, width], its qkv_weight lies in rows, and its scale and causal are not
+ * read.
  */
 typedef struct clipfast_cpu_blocks_args {
     int64_t struct_size; /* sizeof(clipfast_cpu_blocks_args) */
     const clipfast_cpu_block_args *blocks;
     int64_t count;
-    const int64_t *index; /* [sequences]: a row of each sequence, none of which is empty; or null. Then the last block's out
-                           * is [sequences, width], its qkv_weight lies in rows, and its scale and causal are not read */
+    const int64_t *index; /* [sequences]: a row of each sequence; or null */
 } clipfast_cpu_blocks_args;
 
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in

@@ -2,7 +2,8 @@
 //
 // Reading the weight is the work then. SQUARE of its rows at a time are read from their first term to their last and
 // transposed in registers; meanwhile the next ones are prefetched, in the order of memory, in which a CPU reads fastest.
-// Each sum is what panels make it, to the bit: a row of x does not depend on how many others there are.
+// Each sum is what panels make it, to the bit (but for those of a NaN): a row of x does not depend on how many others there
+// are.
 #ifndef CLIPFAST_CPU_FEW_ROWS_H
 #define CLIPFAST_CPU_FEW_ROWS_H
 

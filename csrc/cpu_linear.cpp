@@ -218,7 +218,7 @@ struct Product {
             }
         }
         for (int64_t p = first(group); p < first(group + 1); p++)
-            finish(p, rows.first, rows.count, sums + p * PANEL - begin);
+            finish(p, rows.first, rows.count, sums + (p * PANEL - begin));
     }
 
     // asks for what `finish` will read and write

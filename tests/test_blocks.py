@@ -361,7 +361,7 @@ def test_where_they_are_what_they_are_made_of(preferred, dtype):
 
 @by_dtype
 def test_an_embedding_does_not_depend_on_its_batch(preferred, dtype):
-    """To the bit: alone, in a batch that passes together or is cut by rows and by threads, with weights packed or not."""
+    """To the bit: alone, in a batch that passes together or is cut by rows and threads, with weights packed or not."""
     # 17 rows an image, up to 20 a caption
     model = randomise(clipfast.CLIP(32, 64, 3, 128, 16, 20, 50, 128, 2, 3)).eval()
     convert_weights(model, dtype)

@@ -224,6 +224,30 @@ def test_refusals_have_a_text(cpu_library, operator, changes):
         library.LIBRARY.check(code)
 
 
+ROW = (ctypes.c_int32 * 2)(0, 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"query": None}, {"index": None}, {"norm_weight": None}, {"norm_bias": None}], ids=str
+)
+def test_queries_are_handed_in_or_normalised_with_their_rows(cpu_library, changes):
+    """All of an index and a LayerNorm, or a query: with both, or with a part, nothing is computed."""
+    every = {name: SOMEWHERE for name in ("query", "index", "norm_weight", "norm_bias")}
+    arguments = pool_args(**{**ONE_POOLED, **every, "offsets": ctypes.addressof(ROW), **changes})
+    assert cpu_library.clipfast_cpu_attention_pool(arguments) == -1
+
+
+def test_an_index_is_of_a_block_whose_projection_lies_in_rows(cpu_library):
+    args = blocks_args()
+    args.index = SOMEWHERE
+    assert cpu_library.clipfast_cpu_blocks(args) == 0
+    last = library.BlockArgs.from_address(args.blocks + (args.count - 1) * ctypes.sizeof(library.BlockArgs))
+    last.qkv_layout = library.LAYOUTS["packed"]
+    assert cpu_library.clipfast_cpu_blocks(args) == -1
+    last.qkv_layout, args.count = library.LAYOUTS["rows"], 0
+    assert cpu_library.clipfast_cpu_blocks(args) == -1
+
+
 def test_codes_without_a_meaning(cpu_library):
     assert cpu_library.clipfast_cpu_attention(None) == cpu_library.clipfast_cpu_linear(None) == -1
     assert cpu_library.clipfast_cpu_attention(attention_args()) == cpu_library.clipfast_cpu_linear(linear_args()) == 0

@@ -23,7 +23,7 @@ class _Kept:
 
 
 # By the parameter's id, and gone with it. PyTorch's WeakIdKeyDictionary runs ten Python functions for each look-up, and
-# a tower makes fifty: 0.24 of the 43 ms of one image (AMD EPYC, Zen 4: the weights have pushed Python out of the cache).
+# a tower makes fifty: 0.24 of the 43 ms of one image (AMD EPYC, Zen 4: the weights push Python out of the cache).
 _kept: dict[int, tuple[weakref.ref[Tensor], _Kept]] = {}
 
 
