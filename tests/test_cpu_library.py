@@ -225,16 +225,15 @@ def test_refusals_have_a_text(cpu_library, operator, changes):
 
 
 ROW = (ctypes.c_int32 * 2)(0, 1)
+INCOMPLETE = [(), ("index",), ("query", "index"), ("query", "norm_weight"), ("query", "norm_bias")]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"query": None}, {"index": None}, {"norm_weight": None}, {"norm_bias": None}], ids=str
-)
-def test_queries_are_handed_in_or_normalised_with_their_rows(cpu_library, changes):
+@pytest.mark.parametrize("missing", INCOMPLETE, ids=lambda names: " ".join(("no", *names)))
+def test_queries_are_handed_in_or_normalised_with_their_rows(cpu_library, missing):
     """All of an index and a LayerNorm, or a query: with both, or with a part, nothing is computed."""
-    every = {name: SOMEWHERE for name in ("query", "index", "norm_weight", "norm_bias")}
-    arguments = pool_args(**{**ONE_POOLED, **every, "offsets": ctypes.addressof(ROW), **changes})
-    assert cpu_library.clipfast_cpu_attention_pool(arguments) == -1
+    every = dict.fromkeys(("query", "index", "norm_weight", "norm_bias"), SOMEWHERE)
+    changes = {**ONE_POOLED, **every, "offsets": ctypes.addressof(ROW), **dict.fromkeys(missing)}
+    assert cpu_library.clipfast_cpu_attention_pool(pool_args(**changes)) == -1
 
 
 def test_an_index_is_of_a_block_whose_projection_lies_in_rows(cpu_library):
