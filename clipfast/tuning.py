@@ -291,13 +291,13 @@ class RowsOfOurs(NamedTuple):
 PRODUCTS = {
     # oneDNN has kernels for these; not measured
     "baseline": RowsOfOurs(0, 0),
-    # float32: 1 row 1.0 to 1.1, 8 and 16 rows 1.5 to 1.7, 50 and 77 rows 1.1 to 1.3, 200 to 1,600 rows 1.0 to 1.1.
-    # bfloat16, of which oneDNN has no products: 2.8 to 4.8, but one row 0.5
+    # float32: 1 row 1.2 to 1.3, 8 and 16 rows 1.4 to 1.6, 50 and 77 rows 1.1 to 1.2, 200 to 1,600 rows 0.96 to 1.05.
+    # bfloat16, of which oneDNN has no products: 2.8 to 4.5, but one row 0.6
     "avx2": RowsOfOurs(ANY, ANY),
     # not measured in this form: float32 is the code of the next. bfloat16 must be widened, and oneDNN widens it, too
     "avx512": RowsOfOurs(ANY, ANY),
-    # float32: 1 row 0.9 to 1.1, 8 and 16 rows 1.4 to 1.6, 50 and 77 rows 1.1 to 1.2, 200 to 1,600 rows 1.0. bfloat16:
-    # 1 row 1.4, 8 and 16 rows 1.5 to 1.8, 50 and 77 rows 1.2 to 1.3, 200 and 257 rows 1.05 to 1.07, 800 and 1,600 rows
+    # float32: 1 row 1.2 to 1.3, 8 and 16 rows 1.4 to 1.5, 50 and 77 rows 1.1 to 1.2, 200 to 1,600 rows 1.0. bfloat16:
+    # 1 row 1.4, 8 and 16 rows 1.5 to 1.8, 50 and 77 rows 1.1 to 1.3, 200 and 257 rows 1.04 to 1.09, 800 and 1,600 rows
     # 1.0; there whole blocks in one call decide: 16 images of ViT-B/32 349 -> 321 ms
     "avx512_bf16": RowsOfOurs(ANY, ANY),
     # bfloat16 was not measured: as many rows as a caption has, where reading the weight is all the time
