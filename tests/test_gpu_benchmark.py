@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch):
+    """A run begins when its command is imported: here long ago, when the tests were collected."""
+    monkeypatch.setattr(command, "STARTED", time.monotonic())
 
 
 def rows_of(folder) -> list[dict[str, str]]:
