@@ -1,6 +1,6 @@
 """How far each Triton kernel is from the exact result, beside PyTorch's own distance, per operator and dtype.
 
-    python -m benchmarks.errors [--csv PATH]
+    python -m benchmarks.errors [--operators linear,mlp] [--csv PATH]
 
 Without a GPU the kernels run under Triton's interpreter: NumPy in the kernel's own order of blocks and its dtypes, so
 the rounding of loads, stores and block sums is the kernel's; the order inside one block, and a GPU's approximate
@@ -14,7 +14,7 @@ import csv
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,9 +84,11 @@ def _worst(found: list[tuple[Errors, Errors, float]]) -> tuple[Errors, Errors, f
     return ours, peer, max(x[2] for x in found)
 
 
-def rows(device: str) -> list[dict[str, object]]:
+def rows(device: str, operators: Collection[str]) -> list[dict[str, object]]:
     worst: dict[tuple[str, torch.dtype], list[tuple[Errors, Errors, float]]] = defaultdict(list)
     for name, case in CASES.items():
+        if case.operator not in operators:
+            continue
         for dtype in DTYPES:
             worst[case.operator, dtype].append(measure(name, dtype, device, forward))
             if case.operator in WITH_GRADIENTS:
@@ -111,14 +113,21 @@ def rows(device: str) -> list[dict[str, object]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    names = sorted({case.operator for case in CASES.values()})
+    parser.add_argument("--operators", default=",".join(names), help="comma-separated (default: all)")
     parser.add_argument("--csv", type=Path, help="write the table there too")
     options = parser.parse_args(arguments)
+    if unknown := set(options.operators.split(",")) - set(names):
+        parser.error(f"--operators: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        # before Triton is imported, which the first kernel does
+        # before Triton is imported, which the first kernel does; clipfast was, and so did not correct the interpreter
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        from clipfast.kernels import interpreter
+
+        interpreter.install()
     torch.manual_seed(0)
-    table = rows(device)
+    table = rows(device, options.operators.split(","))
     where = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter"
     print(f"Relative errors on {where}, the worst of all cases; at most 1 of the bound passes")
     print(f"{'operator':<22}{'dtype':<10}{'cases':>6}" + "".join(f"{name:>16}" for name in [*table[0]][3:]))

@@ -168,3 +168,14 @@ def test_importing_clipfast_brings_nothing_slow():
     assert "clipfast.model" in found
     assert not [name for name in found if name.startswith(slow)]
     assert not [name for name in found if name.startswith(("clipfast.bench", "clipfast.profiling", "clipfast.demo"))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is no interpreter's table")
+def test_errors_are_the_corrected_interpreters():
+    """As a user runs it: bfloat16 was garbage once clipfast was imported before the interpreter was asked for."""
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.errors", "--operators", "logits"]
+    done = subprocess.run(command, capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row[1]: float(row[-1]) for row in map(str.split, done.stdout.splitlines()) if row[0] == "logits"}
+    assert set(found) == {"float32", "bfloat16", "float16"} and max(found.values()) <= 1
