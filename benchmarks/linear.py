@@ -190,14 +190,13 @@ def measure(
     wrong: dict[str, float] = {}
     failed: dict[str, str] = {}
     seconds: dict[str, list[float]] = {}
+    reading = {READ: ways.pop(READ)} if READ in ways else {}
     for name, way in ways.items():
-        if name == READ:
-            continue
         try:
             wrong[name] = relative_rms(torch.cat([each.flatten() for each in way()]), torch.cat(exact))
         except (RuntimeError, KeyError) as error:
             failed[name] = harness.reason(error)
-    able = {name: way for name, way in ways.items() if name in wrong or name == READ}
+    able = reading | {name: way for name, way in ways.items() if name in wrong}
     together = MANY if work.rows <= FEW else 1
     end = time.monotonic() + SECONDS
     try:
@@ -207,7 +206,6 @@ def measure(
     finally:
         shared = {**bench.facts, "instructions": bench.form, "dtype": dtype_name, **work.facts}
         plain, read = (harness.times(seconds.get(name, ())).get("median_s") for name in (PLAIN, READ))
-        ways.pop(READ, None)
         for name in ways:
             row = {**shared, "contestant": name, "status": "untimed", **harness.times(seconds.get(name, ()))}
             if name in failed:

@@ -50,6 +50,11 @@ def _expect_rows(name: str, tensor: Tensor, rows: Rows) -> None:
         raise ValueError(f"offsets end at {rows.total} but {name} has {tensor.shape[0]} rows")
 
 
+def _expect_no_empty_sequence(rows: Rows) -> None:
+    if 0 in rows.lengths:
+        raise ValueError("every sequence needs a row to attend to, and one is empty")
+
+
 def _expect_one_device(name: str, first: Tensor, **others: Tensor | None) -> None:
     for other, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
@@ -203,8 +208,7 @@ def _expect_index(index: Tensor, x: Tensor, rows: Rows, blocks: Sequence[Block])
         raise TypeError(f"index must be int64, got {index.dtype}")
     if not blocks:
         raise ValueError("an index is of the last block's rows, and there is no block")
-    if 0 in rows.lengths:
-        raise ValueError("every sequence needs a row to attend to, and one is empty")
+    _expect_no_empty_sequence(rows)
 
 
 def _expect_block(x: Tensor, block: Block) -> None:
@@ -268,8 +272,7 @@ def attention_pool(
     _expect("query", query, len(rows.lengths), width)
     _expect("tokens", tokens, -1, width)
     _expect_rows("tokens", tokens, rows)
-    if 0 in rows.lengths:
-        raise ValueError("every sequence needs a row to attend to, and one is empty")
+    _expect_no_empty_sequence(rows)
     if heads < 1 or inner % heads:
         raise ValueError(f"q_weight has {inner} rows, which do not divide into {heads} heads")
     for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):

@@ -3,8 +3,8 @@
 //
 // With one query the products reassociate, q.(Wk y) = (Wk^T q).y and sum p (Wv y) = Wv (sum p y): keys and values of the
 // rows are never computed, and reading the three weights is most of the work. Three passes, after a LayerNorm of the rows
-// where the queries are among them: `direct` folds a head's query
-// into its keys' weight, `attend` weighs a sequence's rows by it, `finish` multiplies their mean by the values' weight.
+// where the queries are among them: `direct` folds a head's query into its keys' weight, `attend` weighs a sequence's rows
+// by it, `finish` multiplies their mean by the values' weight.
 // Sums round more in this order, so those of float32 are float64, and those of bfloat16 float32.
 #include <omp.h>
 #include <type_traits>

@@ -25,18 +25,19 @@ constexpr int64_t FEWEST = 256;
 constexpr int64_t ALONE = 96;
 constexpr int64_t UNEVEN = 3;
 
+// bytes of a number
+int64_t itemsize(const clipfast_cpu_block_args &args) { return args.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4; }
+
 // Where in memory everything of some sequences is. The hidden rows lie where the joint projection was.
 struct Between {
-    int64_t rows;
     int64_t attended; // bytes from the start to the result of attention
     int64_t offsets;
     int64_t bytes;
 
-    Between(const clipfast_cpu_block_args &args, int64_t rows, int64_t sequences) : rows(rows) {
-        const int64_t itemsize = args.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4;
+    Between(const clipfast_cpu_block_args &args, int64_t rows, int64_t sequences) {
         const int64_t widest = 3 * args.width > args.hidden ? 3 * args.width : args.hidden;
-        attended = up(rows * widest * itemsize, 64);
-        offsets = attended + up(rows * args.width * itemsize, 64);
+        attended = up(rows * widest * itemsize(args), 64);
+        offsets = attended + up(rows * args.width * itemsize(args), 64);
         bytes = offsets + 4 * (sequences + 1);
     }
 };
@@ -89,7 +90,7 @@ int run_rest(const clipfast_cpu_block_args &args, int64_t rows, const void *atte
     return code;
 }
 
-// sequences that begin at row `first`, x and out at their first row
+// Some sequences through a block. x and out are at their first row.
 int run_block(const clipfast_cpu_block_args &args, const int32_t *offsets, int64_t sequences, const void *x, void *out,
               char *memory) {
     const int64_t rows = offsets[sequences] - offsets[0], width = args.width;
@@ -133,7 +134,7 @@ int run_sequences(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t
     static thread_local Memory kept;
     const clipfast_cpu_block_args &any = args.blocks[0];
     const int32_t *const offsets = any.offsets;
-    const int64_t row = any.width * (any.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4), total = offsets[last] - offsets[first];
+    const int64_t row = any.width * itemsize(any), total = offsets[last] - offsets[first];
     if (total == 0) return CLIPFAST_CPU_OK; // a thread's share may be none: 39 equal sequences on 40 threads
     const int64_t goal = units(total, units(total, most)); // of rows
     while (first < last) {
@@ -159,9 +160,9 @@ int run_sequences(const clipfast_cpu_blocks_args &args, int64_t threads, int64_t
 // The last block, of one row of each sequence.
 int run_pooled(const clipfast_cpu_block_args &args, const int64_t *index) {
     static thread_local Memory kept;
-    const int64_t itemsize = args.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4, row = args.width * itemsize;
+    const int64_t row = args.width * itemsize(args);
     const int64_t of_rows = up(args.sequences * row, 64);
-    char *const attended = static_cast<char *>(kept.reserve(2 * of_rows + args.sequences * args.hidden * itemsize));
+    char *const attended = static_cast<char *>(kept.reserve(2 * of_rows + args.sequences * args.hidden * itemsize(args)));
     if (attended == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
     char *const residual = attended + of_rows, *const hidden = residual + of_rows;
     // a third of the joint projection
