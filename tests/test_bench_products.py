@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import linear, on_this_cpu
+from clipfast import dispatch
 from clipfast.bench import ceilings, environment, product_report, report
 from clipfast.kernels import cpu_library
 
@@ -88,6 +89,8 @@ def test_single_products_and_another_form(fast, tmp_path):
 
 def test_without_the_library_there_is_what_the_package_runs_and_no_share(fast, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu_library, "missing", lambda: "not built")
+    # what is decided here is no other test's
+    monkeypatch.setattr(dispatch, "_decisions", {})
     path = tmp_path / "a.csv"
     assert linear.main(["--quick", "--dtypes", "float32", "--csv", str(path)]) == 0
     rows = rows_of(path)
