@@ -1,12 +1,15 @@
-"""What a residual attention block is made of."""
+"""What a residual attention block is made of, and a stack of them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable
+from functools import cached_property
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Block", "BlockWeights"]
+__all__ = ["Block", "BlockWeights", "Projection", "Stack"]
 
 
 class BlockWeights(NamedTuple):
@@ -33,3 +36,55 @@ class Block(NamedTuple):
     heads: int
     activation: str = "quick_gelu"  # or "gelu"
     eps: tuple[float, float] = (1e-5, 1e-5)  # of both LayerNorms
+
+
+class Projection(NamedTuple):
+    """What takes pooled rows into the shared embedding space: LayerNorm(x) @ weight."""
+
+    norm_weight: Tensor  # [W]
+    norm_bias: Tensor  # [W]
+    weight: Tensor  # [W, E]
+    eps: float = 1e-5
+
+
+class Stack(tuple[Block, ...]):
+    """Blocks one after the other, and what was found out about their tensors.
+
+    Whoever keeps a Stack and calls with it again saves a thousand looks at tensors in Python.
+    """
+
+    @classmethod
+    def of(cls, blocks: Iterable[Block]) -> Stack:
+        return blocks if isinstance(blocks, cls) else cls(blocks)
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All that are there, block by block."""
+        return [tensor for block in self for tensor in block.weights if tensor is not None]
+
+    @cached_property
+    def matrices(self) -> list[Tensor]:
+        parts = ("qkv_weight", "out_weight", "fc1_weight", "fc2_weight")
+        return [getattr(block.weights, part) for block in self for part in parts]
+
+    @cached_property
+    def _last(self) -> tuple[list[list[Any]], dict[Hashable, Any]]:
+        return [], {}
+
+    @property
+    def found(self) -> dict[Hashable, Any]:
+        """What was found out, by what it depends on besides the tensors. `look` before you trust it."""
+        return self._last[1]
+
+    def look(self) -> None:
+        """Forgets what was found if a tensor has another place in memory, shape, dtype or device than when it was.
+
+        What a tensor holds may have changed all the same.
+        """
+        now = [[*map(fact, self.tensors)] for fact in _FACTS]
+        if now != self._last[0]:
+            # a new dictionary: what another thread still finds out about the tensors as they were goes into the old one
+            self._last = now, {}
+
+
+_FACTS = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"), attrgetter("device"), Tensor.is_neg)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clipfast import compat, reference, tuning
-from clipfast.blocks import Block
+from clipfast.blocks import Block, Projection, Stack
 from clipfast.kernels import (
     cpu_attention,
     cpu_attention_pool,
@@ -422,24 +422,27 @@ def _decided(operator: str, call: Call) -> Decision:
     return decision
 
 
-def whole_blocks(x: Tensor, blocks: Sequence[Block], pooled: bool = False) -> Callable[..., Tensor] | None:
+def whole_blocks(
+    x: Tensor, blocks: Sequence[Block], pooled: bool = False, projection: Projection | None = None
+) -> Callable[..., Tensor] | None:
     """What computes residual attention blocks in one call, or None where each of their operators is on its own.
 
     No operator of its own: `explain` shows those that a block is made of, which must all run on libclipfast_cpu.
-    pooled: the last block computes one row of each sequence, by `attention_pool`.
+    pooled: the last block computes one row of each sequence, by `attention_pool`.   projection: of these rows.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not blocks:
         return None
-    tensors = [tensor for block in blocks for tensor in block.weights]
-    call = _call("linear", x, (x, *tensors), (x, blocks[0].weights.qkv_weight, None, None, None))
-    matrices = [tensor for tensor in tensors if tensor is not None and tensor.ndim == 2]
-    call = call._replace(shape=(_one_dtype(x, *matrices),))
+    stack, of_projection = Stack.of(blocks), () if projection is None else projection[:3]
+    call = _call("linear", x, (x, *stack.tensors, *of_projection), (x, x, None, None, None))
+    call = call._replace(shape=(_one_dtype(x, *stack.matrices, *of_projection[2:]),))
     # one call stands for all of them: on a CPU none depends on more than these facts
     parts = ["linear", "mlp"]
     if len(blocks) > 1 or not pooled:
         parts.append("attention")
     if pooled:
         parts.append("attention_pool")
+    if projection is not None:
+        parts.append("project")
     return cpu_blocks.blocks if all(_decided(part, call).backend == "cpu" for part in parts) else None
 
 

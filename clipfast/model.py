@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch.nn.modules.sparse import Embedding
 from torch.utils.checkpoint import checkpoint
 
 from clipfast import dispatch, graphs, ops, tuning
-from clipfast.blocks import Block, BlockWeights
+from clipfast.blocks import Block, BlockWeights, Projection, Stack
 from clipfast.inputs import (
     check_images,
     check_places,
@@ -193,10 +193,10 @@ class ResidualAttentionBlock(nn.Module):
             fc2_bias=fc2.bias,
         )
 
-    def for_ops(self, weights: BlockWeights | None = None) -> Block:
-        """The block as `ops.blocks` takes it.   weights: its own, if they are at hand."""
+    def for_ops(self) -> Block:
+        """The block as `ops.blocks` takes it."""
         activation = "quick_gelu" if type(self.mlp.gelu) is _MADE.quick_gelu else "gelu"
-        return Block(weights or self.weights(), self.attn.num_heads, activation, (self.ln_1.eps, self.ln_2.eps))
+        return Block(self.weights(), self.attn.num_heads, activation, (self.ln_1.eps, self.ln_2.eps))
 
     def pooled(self, x: Tensor, rows: Rows, index: Tensor) -> Tensor:
         """The block's result for the rows index [B] alone, each the last its attention may see (or bidirectional)."""
@@ -226,7 +226,10 @@ class Transformer(nn.Module):
             return x
         length, batch, width = x.shape
         rows, packed = Rows.fixed(batch, length), x.transpose(0, 1).reshape(batch * length, width)
-        packed = self._packed(len(self.resblocks), packed, rows, causal)
+        if self._checkpoints():
+            packed = self._packed(self.resblocks, packed, rows, causal)
+        else:
+            packed = ops.blocks(packed, rows, self._stack(), causal=causal)
         return packed.view(batch, length, width).transpose(0, 1)
 
     def short_way(self, length: int) -> bool | None:
@@ -248,38 +251,41 @@ class Transformer(nn.Module):
         mask = blocks[0].attn_mask
         return found if all(block.attn_mask is mask for block in blocks) else None
 
-    def pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
-        """Packed rows [T, W] through every block; of the last one only the rows index [B]: -> [B, W]."""
+    def pooled(
+        self, x: Tensor, rows: Rows, index: Tensor, causal: bool, projection: Projection | None = None
+    ) -> Tensor:
+        """Packed rows [T, W] through every block; of the last one only the rows index [B]: -> [B, W].
+
+        projection: of these rows: -> [B, E].
+        """
         if torch.is_grad_enabled() or dispatch.traced():
-            return self._pooled(x, rows, index, causal)
+            return self._pooled(x, rows, index, causal, projection)
         laid_out = not dispatch.runs_on("cpu", ("linear",), x.device, x.dtype)
         most = tuning.rows_at_a_time(x.device, self.width, x.dtype, laid_out)
         if most is None or rows.total <= most:
-            return self._pooled(x, rows, index, causal)
+            return self._pooled(x, rows, index, causal, projection)
         parts = [
-            self._pooled(x[some], part, index[sequences] - some.start, causal)
+            self._pooled(x[some], part, index[sequences] - some.start, causal, projection)
             for some, sequences, part in rows.parts(most)
         ]
         return torch.cat(parts)
 
-    def _pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool) -> Tensor:
+    def _pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool, projection: Projection | None) -> Tensor:
         if not self._checkpoints():
-            return ops.blocks(x, rows, self._stack(), causal=causal, index=index)
-        x = self._packed(len(self.resblocks) - 1, x, rows, causal)
-        return self._kept_or_again(self.resblocks[-1].pooled, x, rows, index)
+            return ops.blocks(x, rows, self._stack(), causal=causal, index=index, projection=projection)
+        *before, last = self.resblocks
+        x = self._kept_or_again(last.pooled, self._packed(before, x, rows, causal), rows, index)
+        return x if projection is None else ops.project(x, *projection)
 
-    def _packed(self, count: int, x: Tensor, rows: Rows, causal: bool) -> Tensor:
-        """Packed rows [T, W] through the first `count` blocks."""
-        if not self._checkpoints():
-            return ops.blocks(x, rows, self._stack()[:count], causal=causal)
-        for block in [*self.resblocks][:count]:
+    def _packed(self, blocks: Iterable[ResidualAttentionBlock], x: Tensor, rows: Rows, causal: bool) -> Tensor:
+        """Packed rows [T, W] through these blocks."""
+        for block in blocks:
             x = self._kept_or_again(block.packed, x, rows, causal)
         return x
 
-    def _stack(self) -> list[Block]:
+    def _stack(self) -> Stack:
         """All blocks as `ops.blocks` takes them."""
-        weights = gathered(self, lambda: [block.weights() for block in self.resblocks])
-        return [block.for_ops(its_own) for block, its_own in zip(self.resblocks, weights, strict=True)]
+        return gathered(self, lambda: Stack(block.for_ops() for block in self.resblocks))
 
     def _checkpoints(self) -> bool:
         return self.grad_checkpointing and torch.is_grad_enabled()
@@ -342,10 +348,12 @@ class VisionTransformer(nn.Module):
         batch, length, width = x.shape
         x = x.view(batch * length, width)
         index = torch.arange(0, batch * length, length, device=x.device)
-        x = self.transformer.pooled(x, Rows.fixed(batch, length), index, causal=False)
+        norm, rows = self.ln_post, Rows.fixed(batch, length)
         if self.proj is None:
-            return ops.layer_norm(x, self.ln_post.weight, self.ln_post.bias, self.ln_post.eps)
-        return ops.project(x, self.ln_post.weight, self.ln_post.bias, self.proj, self.ln_post.eps)
+            x = self.transformer.pooled(x, rows, index, causal=False)
+            return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        projection = Projection(norm.weight, norm.bias, self.proj, norm.eps)
+        return self.transformer.pooled(x, rows, index, causal=False, projection=projection)
 
     def _short_way(self) -> bool:
         shapes = (self.class_embedding.ndim, self.positional_embedding.ndim, 2 if self.proj is None else self.proj.ndim)
@@ -523,14 +531,19 @@ class CLIP(nn.Module):
         packed = pack_text(text, len(self.positional_embedding), len(weight), stable=stable)
         if stable and self.cuda_graphs:
             return graphs.encode_text(self, packed)
-        return self.encode_packed(packed.to(text.device))
+        return self._encode_packed(packed.to(text.device))
 
     def encode_packed(self, packed: PackedText) -> Tensor:
         """Packed token ids on the model's device -> [B, E], in the order of the texts."""
+        still_as_made(self.transformer, self.transformer._parts)  # what it gathered may be of other modules
+        return self._encode_packed(packed)
+
+    def _encode_packed(self, packed: PackedText) -> Tensor:
         x = F.embedding(packed.ids, self.token_embedding.weight).to(self.dtype)
         x = x + F.embedding(packed.positions, self.positional_embedding).to(self.dtype)
-        x = self.transformer.pooled(x, packed.rows, packed.last, causal=True)
-        x = ops.project(x, self.ln_final.weight, self.ln_final.bias, self.text_projection, self.ln_final.eps)
+        norm = self.ln_final
+        projection = Projection(norm.weight, norm.bias, self.text_projection, norm.eps)
+        x = self.transformer.pooled(x, packed.rows, packed.last, causal=True, projection=projection)
         return x[packed.restore]
 
     def _short_way(self) -> bool:

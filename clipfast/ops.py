@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipfast import dispatch
-from clipfast.blocks import Block, BlockWeights
+from clipfast.blocks import Block, BlockWeights, Projection, Stack
 from clipfast.dispatch import run
 from clipfast.packing import Rows
 
@@ -164,31 +164,38 @@ def blocks(
     *,
     causal: bool,
     index: Tensor | None = None,
+    projection: Projection | None = None,
 ) -> Tensor:
     """Residual attention blocks one after the other: y = x + out(attention(qkv(LayerNorm(x)))), then `mlp` of y.
 
     One operator where a backend has it so, else those they are made of, each where it runs best.
     x:       [T, W] floating.
     offsets: Rows, or [B + 1] integers: first row of each sequence, the last entry T.
-    blocks:  of width W, a multiple of their heads; the matrices of x's dtype.
+    blocks:  of width W, a multiple of their heads; the matrices of x's dtype. A `clipfast.blocks.Stack` that is passed
+             again is checked in less time.
     causal:  a row attends to itself and to those before it.
     index:   [B] int64, one row of each sequence, none of which is empty. The last block computes these rows alone, and
              each attends to its whole sequence even if causal, as only a sequence's last row does otherwise.
-    Returns: [T, W], or with an index [B, W]; dtype of x.
-    Raises:  ValueError if the shapes disagree or an activation is unknown, TypeError for an index of another dtype,
-             RuntimeError if the devices differ, or on a CPU if an index is no row of its sequence.
+    projection: of these rows, as `project`; only with an index.
+    Returns: [T, W], with an index [B, W], with a projection to E columns [B, E]; dtype of x.
+    Raises:  ValueError if the shapes disagree, an activation is unknown or a projection comes without an index,
+             TypeError for an index of another dtype, RuntimeError if the devices differ, or on a CPU if an index is no
+             row of its sequence.
     Source:  Radford et al. 2019, GPT-2; Radford et al. 2021, arXiv:2103.00020.
     """
     rows = Rows.of(offsets)
     _expect("x", x, -1, -1)
     _expect_rows("x", x, rows)
-    for block in blocks:
-        _expect_block(x, block)
+    _expect_blocks(x, blocks)
     if index is not None:
         _expect_index(index, x, rows, blocks)
-    whole = dispatch.whole_blocks(x, blocks, pooled=index is not None)
+    if projection is not None:
+        if index is None:
+            raise ValueError("a projection is of the rows that an index names, and there is no index")
+        _expect_projection(x, *projection[:3])
+    whole = dispatch.whole_blocks(x, blocks, index is not None, projection)
     if whole is not None:
-        return whole(x, rows, blocks, causal, index)
+        return whole(x, rows, blocks, causal, index, projection)
     # libclipfast_cpu sees to it itself, and a GPU would be waited for
     if index is not None and x.device.type == "cpu" and not dispatch.traced():
         starts = rows.derive("offsets", Rows.offsets, x.device)
@@ -196,7 +203,10 @@ def blocks(
             raise RuntimeError("each index must be a row of its own sequence")
     for block in blocks[: None if index is None else -1]:
         x = block_by_operators(x, rows, block, causal)
-    return x if index is None else pooled_block_by_operators(x, rows, blocks[-1], index)
+    if index is None:
+        return x
+    x = pooled_block_by_operators(x, rows, blocks[-1], index)
+    return x if projection is None else project(x, *projection)
 
 
 def _expect_index(index: Tensor, x: Tensor, rows: Rows, blocks: Sequence[Block]) -> None:
@@ -209,6 +219,18 @@ def _expect_index(index: Tensor, x: Tensor, rows: Rows, blocks: Sequence[Block])
     if not blocks:
         raise ValueError("an index is of the last block's rows, and there is no block")
     _expect_no_empty_sequence(rows)
+
+
+def _expect_blocks(x: Tensor, blocks: Sequence[Block]) -> None:
+    found: dict = {}
+    if isinstance(blocks, Stack) and not dispatch.traced():
+        blocks.look()
+        found = blocks.found
+    fits = ("fits", x.shape[1], x.device)
+    if fits not in found:
+        for block in blocks:
+            _expect_block(x, block)
+        found[fits] = True
 
 
 def _expect_block(x: Tensor, block: Block) -> None:
@@ -336,11 +358,15 @@ def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tenso
     Returns: [B, E], dtype of x.
     Raises: ValueError if the shapes disagree, RuntimeError if the devices do.
     """
+    _expect_projection(x, norm_weight, norm_bias, projection)
+    return run("project", x, (x, norm_weight, norm_bias, projection), x, norm_weight, norm_bias, projection, eps)
+
+
+def _expect_projection(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor) -> None:
     _expect("norm_weight", norm_weight, x.shape[-1])
     _expect("norm_bias", norm_bias, x.shape[-1])
     _expect("projection", projection, x.shape[-1], -1)
     _expect_one_device("x", x, norm_weight=norm_weight, norm_bias=norm_bias, projection=projection)
-    return run("project", x, (x, norm_weight, norm_bias, projection), x, norm_weight, norm_bias, projection, eps)
 
 
 def logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:

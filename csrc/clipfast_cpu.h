@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 8
+#define CLIPFAST_CPU_ABI_VERSION 9
 /* bytes that clipfast_cpu_read reads at a time */
 #define CLIPFAST_CPU_READ_BLOCK 1024
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
@@ -136,12 +136,9 @@ typedef struct clipfast_cpu_attention_pool_args {
  */
 typedef struct clipfast_cpu_block_args {
     int64_t struct_size;       /* sizeof(clipfast_cpu_block_args) */
-    const void *x;             /* [T, width] of dtype, contiguous like all of these */
-    void *out;                 /* [T, width]; not x */
-    const int32_t *offsets;    /* [sequences + 1]: as clipfast_cpu_attention_args has them */
     const void *norm_1_weight; /* [width] float32, as all of the LayerNorms' */
     const void *norm_1_bias;
-    const void *qkv_weight; /* [3 width, width], or as its layout says */
+    const void *qkv_weight; /* [3 width, width] of dtype, contiguous like all of these, or as its layout says */
     const void *qkv_bias;   /* or null for none, as all of the linear layers' */
     const void *out_weight; /* [width, width] */
     const void *out_bias;
@@ -151,34 +148,45 @@ typedef struct clipfast_cpu_block_args {
     const void *fc1_bias;
     const void *fc2_weight; /* [width, hidden] */
     const void *fc2_bias;
-    int64_t sequences; /* may be 0: nothing is read or written */
-    int64_t width;
     int64_t hidden;
     int32_t qkv_layout; /* clipfast_cpu_layout, as the next three */
     int32_t out_layout;
     int32_t fc1_layout;
     int32_t fc2_layout;
     int32_t heads;
-    int32_t dtype; /* clipfast_cpu_dtype */
-    int32_t causal;
-    int32_t activation;   /* clipfast_cpu_activation */
-    int32_t threads;      /* OpenMP's, at most */
-    int32_t instructions; /* clipfast_cpu_instructions */
-    float scale;          /* of attention's scores */
+    int32_t activation; /* clipfast_cpu_activation */
+    float scale;        /* of attention's scores */
     float norm_1_eps;
     float norm_2_eps;
 } clipfast_cpu_block_args;
 
-/* Blocks one after the other: of the same sequences and width, in the same dtype, form and threads, each of what the one
- * before it returned. With an index, the last computes one row of each sequence, none of which is empty, and the row attends
- * to all of it: then the last one's out is [sequences, width], its qkv_weight lies in rows, and its scale and causal are not
- * read.
+/* Blocks one after the other, each of what the one before it returned.
+ *
+ * With an index, the last computes one row of each sequence, none of which is empty, and the row attends to all of it: the
+ * last one's qkv_weight lies in rows, and its scale and causal are not read. These rows may be projected:
+ * out = projection(norm(rows)).
  */
 typedef struct clipfast_cpu_blocks_args {
-    int64_t struct_size; /* sizeof(clipfast_cpu_blocks_args) */
-    const clipfast_cpu_block_args *blocks;
-    int64_t count;
-    const int64_t *index; /* [sequences]: a row of each sequence; or null */
+    int64_t struct_size;              /* sizeof(clipfast_cpu_blocks_args) */
+    const clipfast_cpu_block_args *blocks; /* [count] */
+    const void *x;                    /* [T, width] of dtype, contiguous like all of these; not written */
+    void *between;                    /* [T, width], with an index and more blocks than one; else not read */
+    void *out;                        /* [T, width]; with an index [sequences, width], projected [sequences, columns] */
+    const int32_t *offsets;           /* [sequences + 1]: as clipfast_cpu_attention_args has them */
+    const int64_t *index;             /* [sequences]: a row of each sequence; or null */
+    const void *norm_weight;          /* [width] float32 */
+    const void *norm_bias;
+    const void *projection; /* [columns, width], or as its layout says; null without an index, or for none */
+    int64_t count;          /* at least 1 */
+    int64_t sequences;      /* may be 0: nothing is read or written */
+    int64_t width;
+    int64_t columns;
+    int32_t projection_layout; /* clipfast_cpu_layout */
+    int32_t dtype;             /* clipfast_cpu_dtype */
+    int32_t causal;
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+    float norm_eps;
 } clipfast_cpu_blocks_args;
 
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in

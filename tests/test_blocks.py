@@ -65,7 +65,8 @@ def by_kernels(x: Tensor, lengths, weights: BlockWeights, heads: int, causal: bo
 
 
 def run(x, lengths, weights, heads, causal, activation="quick_gelu", form="best"):
-    return cpu_blocks.blocks(x, Rows(tuple(lengths)), [Block(weights, heads, activation, EPS)], causal, None, form)
+    blocks = [Block(weights, heads, activation, EPS)]
+    return cpu_blocks.blocks(x, Rows(tuple(lengths)), blocks, causal, instructions=form)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -199,11 +200,11 @@ def test_several_blocks_are_one_after_the_other(form, lengths, threads, dtype):
     for block in blocks:
         expected = by_kernels(expected, lengths, block.weights, block.heads, True, block.activation, form)
     with csrc.threads(threads):
-        assert torch.equal(cpu_blocks.blocks(x, rows, blocks, True, None, form), expected)
-        two = cpu_blocks.blocks(x, rows, blocks[:2], True, None, form)
-        assert torch.equal(cpu_blocks.blocks(two, rows, blocks[2:], True, None, form), expected)
+        assert torch.equal(cpu_blocks.blocks(x, rows, blocks, True, instructions=form), expected)
+        two = cpu_blocks.blocks(x, rows, blocks[:2], True, instructions=form)
+        assert torch.equal(cpu_blocks.blocks(two, rows, blocks[2:], True, instructions=form), expected)
     assert torch.equal(x, before)
-    assert torch.equal(cpu_blocks.blocks(x, rows, [], True, None, form), x)
+    assert torch.equal(cpu_blocks.blocks(x, rows, [], True, instructions=form), x)
 
 
 @pytest.mark.parametrize(("count", "threads"), [(39, 40), (63, 64), (62, 63)])
@@ -219,10 +220,10 @@ def test_sequences_without_rows(cpu_library):
     """In the library itself: Python does not ask it."""
     offsets = (ctypes.c_int32 * 3)()
     anything = ctypes.addressof(offsets)
-    args = BlockArgs(ctypes.sizeof(BlockArgs), anything, anything, anything)
-    args.sequences, args.width, args.hidden, args.heads, args.threads = 2, 8, 8, 1, 2
-    all_args = BlocksArgs(ctypes.sizeof(BlocksArgs), ctypes.addressof(args), 1)
-    assert cpu_library.clipfast_cpu_blocks(all_args) == 0
+    block = BlockArgs(ctypes.sizeof(BlockArgs), hidden=8, heads=1)
+    args = BlocksArgs(ctypes.sizeof(BlocksArgs), ctypes.addressof(block), x=anything, out=anything + 4)
+    args.offsets, args.count, args.sequences, args.width, args.threads = anything, 1, 2, 8, 2
+    assert cpu_library.clipfast_cpu_blocks(args) == 0
 
 
 def pooled_one_by_one(functions, x: Tensor, index: Tensor, lengths, weights: BlockWeights, heads: int, activation: str):
@@ -271,13 +272,15 @@ def test_one_row_of_each_sequence_after_other_blocks(form, threads, dtype):
     x, index = torch.randn(sum(lengths), 48).to(dtype), some_rows(lengths)
     blocks = [Block(make_weights(48, hidden, dtype), *rest) for hidden, *rest in ((96, 2), (200, 4, "gelu"), (5, 1))]
     with csrc.threads(threads):
-        got = cpu_blocks.blocks(x, Rows(tuple(lengths)), blocks, True, index, form)
-        before = cpu_blocks.blocks(x, Rows(tuple(lengths)), blocks[:2], True, None, form)
-        assert torch.equal(cpu_blocks.blocks(before, Rows(tuple(lengths)), blocks[2:], True, index, form), got)
+        got = cpu_blocks.blocks(x, Rows(tuple(lengths)), blocks, True, index, instructions=form)
+        before = cpu_blocks.blocks(x, Rows(tuple(lengths)), blocks[:2], True, instructions=form)
+        assert torch.equal(
+            cpu_blocks.blocks(before, Rows(tuple(lengths)), blocks[2:], True, index, instructions=form), got
+        )
     first = 0
     for i, length in enumerate(lengths):
         alone = cpu_blocks.blocks(
-            x[first : first + length], Rows((length,)), blocks, True, index[i : i + 1] - first, form
+            x[first : first + length], Rows((length,)), blocks, True, index[i : i + 1] - first, instructions=form
         )
         assert torch.equal(alone[0], got[i])
         first += length

@@ -144,18 +144,13 @@ def pool_args(**changes) -> library.AttentionPoolArgs:
     return library.AttentionPoolArgs(**({"struct_size": ctypes.sizeof(library.AttentionPoolArgs)} | sizes | changes))
 
 
-def block_args(**changes) -> library.BlockArgs:
-    """A correct block of no sequences at all, but for the changes."""
-    sizes = {"struct_size": ctypes.sizeof(library.BlockArgs), "width": 64, "hidden": 8, "heads": 1, "threads": 1}
-    pointers = {"x": SOMEWHERE, "out": SOMEWHERE + 4, "offsets": SOMEWHERE}
-    return library.BlockArgs(**(sizes | pointers | changes))
-
-
-def blocks_args(count: int = 2, struct_size: int = ctypes.sizeof(library.BlocksArgs), **changes) -> library.BlocksArgs:
-    """Correct arguments for two blocks of no sequences, but for the changes, which are the second one's."""
-    first, second = block_args(), block_args(**({"x": SOMEWHERE + 4, "out": SOMEWHERE} | changes))
-    both = (library.BlockArgs * 2)(first, second)
-    args = library.BlocksArgs(struct_size, ctypes.addressof(both), count)
+def blocks_args(**changes) -> library.BlocksArgs:
+    """Correct arguments for two blocks of no sequences, but for the changes: theirs, or the second one's."""
+    sizes = {"struct_size": ctypes.sizeof(library.BlockArgs), "hidden": 8, "heads": 1}
+    of_block = {name.removeprefix("second_"): changes.pop(name) for name in [*changes] if name.startswith("second_")}
+    both = (library.BlockArgs * 2)(library.BlockArgs(**sizes), library.BlockArgs(**(sizes | of_block)))
+    values = {"struct_size": ctypes.sizeof(library.BlocksArgs), "count": 2, "width": 64, "threads": 1}
+    args = library.BlocksArgs(**(values | {"blocks": ctypes.addressof(both)} | changes))
     args.alive = both
     return args
 
@@ -176,6 +171,8 @@ ONE_SEQUENCE = {"sequences": 1, **dict.fromkeys(("qkv", "out", "offsets"), SOMEW
 ONE_ROW = {"rows": 1, **dict.fromkeys(("x", "weight", "out"), SOMEWHERE)}
 POINTERS = ("query", "tokens", "offsets", "q_weight", "k_weight", "v_weight", "out")
 ONE_POOLED = {"sequences": 1, **dict.fromkeys(POINTERS, SOMEWHERE)}
+POINTERS = ("x", "between", "offsets", "index", "norm_weight", "norm_bias", "projection")
+ONE_EMBEDDED = {"sequences": 1, "out": SOMEWHERE + 4, **dict.fromkeys(POINTERS, SOMEWHERE)}
 REFUSED = [
     *(("attention", changes) for changes in ({"struct_size": 8}, {"heads": 0}, {"width": 0}, {"threads": 0})),
     *(("attention", changes) for changes in ({"dtype": 7}, {"dtype": -1}, {**ONE_SEQUENCE, "sequences": -1})),
@@ -184,11 +181,16 @@ REFUSED = [
     *(("attention_pool", {name: 0}) for name in ("terms", "inner", "heads", "threads")),
     *(("attention_pool", {**ONE_POOLED, name: None}) for name in ONE_POOLED if name != "sequences"),
     ("attention_pool", ONE_POOLED),  # of a sequence without rows
-    *(("blocks", changes) for changes in ({"struct_size": 8}, {"count": -1}, {"dtype": 7}, {"heads": 3}, {"dtype": 1})),
-    *(("blocks", {name: 0}) for name in ("width", "hidden", "heads", "threads")),
-    *(("blocks", changes) for changes in ({"sequences": -1}, {"sequences": 1}, {"threads": 2}, {"width": 128})),
-    # not of what the one before it returned; over what it reads; of other sequences
-    *(("blocks", changes) for changes in ({"x": None}, {"out": SOMEWHERE + 4}, {"offsets": None})),
+    *(("blocks", changes) for changes in ({"struct_size": 8}, {"count": 0}, {"dtype": 7}, {"second_heads": 3})),
+    *(("blocks", {name: 0}) for name in ("width", "second_hidden", "second_heads", "second_struct_size", "threads")),
+    *(("blocks", changes) for changes in ({"sequences": -1}, {"columns": -1}, {"blocks": None})),
+    *(
+        ("blocks", {**ONE_EMBEDDED, name: None})
+        for name in ("x", "between", "out", "offsets", "norm_weight", "norm_bias")
+    ),
+    ("blocks", {**ONE_EMBEDDED, "out": SOMEWHERE}),  # over x
+    ("blocks", {**ONE_EMBEDDED, "index": None}),  # and a projection
+    ("blocks", {**ONE_EMBEDDED, "second_qkv_layout": library.LAYOUTS["packed"]}),
     *(("linear", changes) for changes in ({"struct_size": 8}, {"threads": 0}, {"dtype": 7})),
     *(("linear", {name: -1}) for name in ("rows", "columns", "terms", "activation")),
     ("linear", {"activation": 3}),
@@ -236,15 +238,9 @@ def test_queries_are_handed_in_or_normalised_with_their_rows(cpu_library, missin
     assert cpu_library.clipfast_cpu_attention_pool(pool_args(**changes)) == -1
 
 
-def test_an_index_is_of_a_block_whose_projection_lies_in_rows(cpu_library):
-    args = blocks_args()
-    args.index = SOMEWHERE
-    assert cpu_library.clipfast_cpu_blocks(args) == 0
-    last = library.BlockArgs.from_address(args.blocks + (args.count - 1) * ctypes.sizeof(library.BlockArgs))
-    last.qkv_layout = library.LAYOUTS["packed"]
-    assert cpu_library.clipfast_cpu_blocks(args) == -1
-    last.qkv_layout, args.count = library.LAYOUTS["rows"], 0
-    assert cpu_library.clipfast_cpu_blocks(args) == -1
+def test_blocks_are_refused_for_nothing_else(cpu_library):
+    """What `REFUSED` changes is right: an index is looked at next, and here it is of a sequence without rows."""
+    assert cpu_library.clipfast_cpu_blocks(blocks_args(**ONE_EMBEDDED)) == -4
 
 
 def test_codes_without_a_meaning(cpu_library):

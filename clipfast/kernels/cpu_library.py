@@ -69,10 +69,10 @@ class BlockArgs(Structure):
 
     _fields_ = [
         ("struct_size", c_int64),
-        *((name, c_void_p) for name in ("x", "out", "offsets", *BlockWeights._fields)),
-        *((name, c_int64) for name in ("sequences", "width", "hidden")),
+        *((name, c_void_p) for name in BlockWeights._fields),
+        ("hidden", c_int64),
         *((f"{name}_layout", c_int32) for name in ("qkv", "out", "fc1", "fc2")),
-        *((name, c_int32) for name in ("heads", "dtype", "causal", "activation", "threads", "instructions")),
+        *((name, c_int32) for name in ("heads", "activation")),
         *((name, c_float) for name in ("scale", "norm_1_eps", "norm_2_eps")),
     ]
 
@@ -80,7 +80,14 @@ class BlockArgs(Structure):
 class BlocksArgs(Structure):
     """clipfast_cpu_blocks_args"""
 
-    _fields_ = [("struct_size", c_int64), ("blocks", c_void_p), ("count", c_int64), ("index", c_void_p)]
+    _fields_ = [
+        ("struct_size", c_int64),
+        *((name, c_void_p) for name in ("blocks", "x", "between", "out", "offsets", "index")),
+        *((name, c_void_p) for name in ("norm_weight", "norm_bias", "projection")),
+        *((name, c_int64) for name in ("count", "sequences", "width", "columns")),
+        *((name, c_int32) for name in ("projection_layout", "dtype", "causal", "threads", "instructions")),
+        ("norm_eps", c_float),
+    ]
 
 
 class PackArgs(Structure):
@@ -118,7 +125,7 @@ class ReadArgs(Structure):
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
-    8,  # CLIPFAST_CPU_ABI_VERSION
+    9,  # CLIPFAST_CPU_ABI_VERSION
     {
         "clipfast_cpu_best": (c_int, ()),
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),
@@ -177,6 +184,13 @@ def threads() -> int:
 def pointer(tensor: Tensor | None) -> int | None:
     """Of a contiguous tensor, which the caller keeps alive."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor contiguous and in this dtype, as the library reads it: itself, or a copy."""
+    # PyTorch resolves a view with other signs before an operator that it knows
+    tensor = tensor.resolve_neg() if tensor.is_neg() else tensor
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def run(operator: str, args: Structure) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import attrgetter, call, is_
 from typing import Any
 
 from torch import Tensor, UntypedStorage
@@ -25,6 +26,8 @@ class _Kept:
 # By the parameter's id, and gone with it. PyTorch's WeakIdKeyDictionary runs ten Python functions for each look-up, and
 # a tower makes fifty: 0.24 of the 43 ms of one image (AMD EPYC, Zen 4: the weights push Python out of the cache).
 _kept: dict[int, tuple[weakref.ref[Tensor], _Kept]] = {}
+# how often `keep` and `forget` were called
+_changes = 0
 
 
 def _found(weight: Tensor) -> _Kept | None:
@@ -49,6 +52,11 @@ def _stepped(optimiser: Optimizer, *_: Any) -> None:
 _watch_optimisers = functools.cache(functools.partial(register_optimizer_step_post_hook, _stepped))
 
 
+def _count() -> None:
+    global _changes
+    _changes += 1
+
+
 def keep(weights: Iterable[Tensor]) -> None:
     """Keep the layouts of these weights [N, K] from now on, in memory of their own: each as much again as the weight.
 
@@ -61,6 +69,7 @@ def keep(weights: Iterable[Tensor]) -> None:
     if any(weight.is_inference() for weight in weights):
         raise ValueError("weights made in inference mode cannot be kept packed: PyTorch does not count their edits")
     _watch_optimisers()
+    _count()
     for weight in weights:
         key = id(weight)
         _kept[key] = weakref.ref(weight, functools.partial(_gone, key)), _Kept()
@@ -68,6 +77,7 @@ def keep(weights: Iterable[Tensor]) -> None:
 
 def forget(weights: Iterable[Tensor]) -> None:
     """Keep nothing of these weights."""
+    _count()
     for weight in weights:
         if _found(weight) is not None:
             _kept.pop(id(weight), None)
@@ -90,3 +100,33 @@ def layout(weight: Tensor, make: Callable[..., Any], *arguments: Hashable) -> An
     if last is None or last[0] != now or last[1]() is not storage:
         kept.layouts[make] = last = (now, weakref.ref(storage), make(weight, *arguments))
     return last[2]
+
+
+class Seen:
+    """Weights and their layouts as they are now, to ask in a few calls of C whether `layout` would answer the same.
+
+    weights: of which something is kept.   layouts: what `layout` returned for each. They are not kept alive.
+    Where it was and how it lay, the caller compares: addresses, shapes, strides and dtypes of all its tensors.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], layouts: Sequence[Tensor]) -> None:
+        self.changes = _changes
+        self.weights = weights
+        self.versions = [*map(_VERSION, weights)]
+        self.storages = [weakref.ref(weight.untyped_storage()) for weight in weights]
+        self.layouts = [weakref.ref(layout) for layout in layouts]
+
+    def still(self) -> list[Tensor] | None:
+        """The layouts, or None if something changed."""
+        if self.changes != _changes or any(map(Tensor.is_inference, self.weights)):
+            return None
+        layouts = [layout for layout in map(call, self.layouts) if layout is not None]
+        same = (
+            len(layouts) == len(self.layouts)
+            and [*map(_VERSION, self.weights)] == self.versions
+            and all(map(is_, map(call, self.storages), map(Tensor.untyped_storage, self.weights)))
+        )
+        return layouts if same else None
+
+
+_VERSION = attrgetter("_version")
