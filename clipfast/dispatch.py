@@ -28,6 +28,7 @@ from clipfast.kernels import (
     cpu_blocks,
     cpu_library,
     cpu_linear,
+    cpu_patch_embed,
     eager,
     eager_gradients,
     kept,
@@ -189,11 +190,11 @@ def _torch_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
 
 
 def _cpu_operators(call: Call) -> Mapping[str, Callable[..., Any]]:
-    products = {name: getattr(cpu_linear, name) for name in _ONEDNN}
     return {
         "attention": cpu_attention.attention,
         "attention_pool": cpu_attention_pool.attention_pool,
-        **products,
+        "patch_embed": cpu_patch_embed.patch_embed,
+        **{name: getattr(cpu_linear, name) for name in ("linear", "mlp", "project")},
     }
 
 

@@ -189,6 +189,32 @@ typedef struct clipfast_cpu_blocks_args {
     float norm_eps;
 } clipfast_cpu_blocks_args;
 
+/* Tokens of images: the class token and each patch's pixels . weight, plus positions; then a LayerNorm. Sums are float32; the
+ * products are rounded to dtype, and the tokens once more at the end.
+ */
+typedef struct clipfast_cpu_patch_embed_args {
+    int64_t struct_size;         /* sizeof(clipfast_cpu_patch_embed_args) */
+    const void *images;          /* [count, channels, height, width] of dtype, or with mean and std bytes; contiguous like all */
+    const void *weight;          /* [columns, channels, size, size] of dtype */
+    const void *class_embedding; /* [columns] */
+    const void *positions;       /* [1 + patches, columns], patches = (height / size) (width / size), both rounded down */
+    const double *mean;          /* [channels]: byte b becomes (b / 255 - mean) / std; or null */
+    const double *std;
+    const void *norm_weight; /* [columns] float32, or null for no LayerNorm */
+    const void *norm_bias;
+    void *out;     /* [count, 1 + patches, columns] */
+    int64_t count; /* may be 0: nothing is read or written */
+    int64_t channels;
+    int64_t height;
+    int64_t width;
+    int64_t size;
+    int64_t columns;
+    int32_t dtype;        /* clipfast_cpu_dtype */
+    int32_t threads;      /* OpenMP's, at most */
+    int32_t instructions; /* clipfast_cpu_instructions */
+    float eps;
+} clipfast_cpu_patch_embed_args;
+
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in
  * these instructions. A form without instructions for bfloat16 multiplies float32 for it.
  */
@@ -234,6 +260,9 @@ CLIPFAST_CPU_API int clipfast_cpu_blocks(const clipfast_cpu_blocks_args *args);
 
 /* Packs a weight; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_pack(const clipfast_cpu_pack_args *args);
+
+/* Embeds patches; returns when it is done. */
+CLIPFAST_CPU_API int clipfast_cpu_patch_embed(const clipfast_cpu_patch_embed_args *args);
 
 /* The loop of fused multiply-adds; returns when it is done. */
 CLIPFAST_CPU_API int clipfast_cpu_peak(const clipfast_cpu_peak_args *args);

@@ -9,6 +9,7 @@
     int clipfast_cpu_attention_pool_##form(const clipfast_cpu_attention_pool_args &args); \
     int clipfast_cpu_linear_##form(const clipfast_cpu_linear_args &args);                 \
     int clipfast_cpu_pack_##form(const clipfast_cpu_pack_args &args);                     \
+    int clipfast_cpu_patch_embed_##form(const clipfast_cpu_patch_embed_args &args);       \
     int clipfast_cpu_peak_##form(const clipfast_cpu_peak_args &args);                     \
     int clipfast_cpu_read_##form(const clipfast_cpu_read_args &args);
 CLIPFAST_DECLARE(baseline)
@@ -85,6 +86,17 @@ bool valid(const clipfast_cpu_pack_args &args) {
            (args.packed == nullptr || args.columns == 0 || args.terms == 0 || args.weight != nullptr);
 }
 
+bool valid(const clipfast_cpu_patch_embed_args &args) {
+    if (!known(args.dtype) || args.count < 0 || args.channels <= 0 || args.height < 0 || args.width < 0 || args.size <= 0 ||
+        args.columns <= 0 || (args.mean == nullptr) != (args.std == nullptr) ||
+        (args.norm_weight == nullptr) != (args.norm_bias == nullptr))
+        return false;
+    if (args.count == 0) return true;
+    for (const void *needed : {args.images, args.weight, args.class_embedding, args.positions})
+        if (needed == nullptr) return false;
+    return args.out != nullptr;
+}
+
 bool valid(const clipfast_cpu_peak_args &args) {
     return known(args.dtype) && args.steps >= 0 && args.flops != nullptr;
 }
@@ -140,6 +152,10 @@ int clipfast_cpu_attention_pool(const clipfast_cpu_attention_pool_args *args) {
 int clipfast_cpu_linear(const clipfast_cpu_linear_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_linear)); }
 
 int clipfast_cpu_pack(const clipfast_cpu_pack_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_pack)); }
+
+int clipfast_cpu_patch_embed(const clipfast_cpu_patch_embed_args *args) {
+    return run(args, CLIPFAST_FORMS(clipfast_cpu_patch_embed));
+}
 
 int clipfast_cpu_read(const clipfast_cpu_read_args *args) { return run(args, CLIPFAST_FORMS(clipfast_cpu_read)); }
 

@@ -114,6 +114,7 @@ def test_other_versions_and_broken_files(cpu_library_file, tmp_path):
         library.BlocksArgs,
         library.LinearArgs,
         library.PackArgs,
+        library.PatchEmbedArgs,
         library.PeakArgs,
         library.ReadArgs,
     ],
@@ -167,12 +168,20 @@ def pack_args(**changes) -> library.PackArgs:
     return library.PackArgs(**(values | changes))
 
 
+def patch_embed_args(**changes) -> library.PatchEmbedArgs:
+    """Correct arguments for no images, but for the changes."""
+    sizes = {"channels": 3, "height": 4, "width": 4, "size": 2, "columns": 4, "threads": 1}
+    return library.PatchEmbedArgs(**({"struct_size": ctypes.sizeof(library.PatchEmbedArgs)} | sizes | changes))
+
+
 ONE_SEQUENCE = {"sequences": 1, **dict.fromkeys(("qkv", "out", "offsets"), SOMEWHERE)}
 ONE_ROW = {"rows": 1, **dict.fromkeys(("x", "weight", "out"), SOMEWHERE)}
 POINTERS = ("query", "tokens", "offsets", "q_weight", "k_weight", "v_weight", "out")
 ONE_POOLED = {"sequences": 1, **dict.fromkeys(POINTERS, SOMEWHERE)}
 POINTERS = ("x", "between", "offsets", "index", "norm_weight", "norm_bias", "projection")
 ONE_EMBEDDED = {"sequences": 1, "out": SOMEWHERE + 4, **dict.fromkeys(POINTERS, SOMEWHERE)}
+POINTERS = ("images", "weight", "class_embedding", "positions", "out")
+ONE_IMAGE = {"count": 1, **dict.fromkeys(POINTERS, SOMEWHERE)}
 REFUSED = [
     *(("attention", changes) for changes in ({"struct_size": 8}, {"heads": 0}, {"width": 0}, {"threads": 0})),
     *(("attention", changes) for changes in ({"dtype": 7}, {"dtype": -1}, {**ONE_SEQUENCE, "sequences": -1})),
@@ -197,6 +206,13 @@ REFUSED = [
     *(("linear", {**ONE_ROW, name: None}) for name in ("x", "weight", "out")),
     *(("pack", changes) for changes in ({"struct_size": 8}, {"threads": 0}, {"dtype": 7}, {"bytes": None})),
     *(("pack", {name: -1}) for name in ("columns", "terms")),
+    *(
+        ("patch_embed", changes)
+        for changes in ({"struct_size": 8}, {"dtype": 7}, {"count": -1}, {"height": -1}, {"width": -1})
+    ),
+    *(("patch_embed", {name: 0}) for name in ("channels", "size", "columns", "threads")),
+    *(("patch_embed", {name: SOMEWHERE}) for name in ("mean", "std", "norm_weight", "norm_bias")),
+    *(("patch_embed", {**ONE_IMAGE, name: None}) for name in POINTERS),
     ("pack", {"columns": 1, "packed": SOMEWHERE, "weight": None}),
 ]
 
@@ -218,6 +234,7 @@ def test_refusals_have_a_text(cpu_library, operator, changes):
         "blocks": blocks_args,
         "linear": linear_args,
         "pack": pack_args,
+        "patch_embed": patch_embed_args,
     }
     arguments = makers[operator](**changes)
     code = getattr(cpu_library, f"clipfast_cpu_{operator}")(arguments)
@@ -371,7 +388,7 @@ BEFORE_A_GUARD = """
 import ctypes, itertools, mmap, sys
 from pathlib import Path
 import torch
-from clipfast.kernels import cpu_attention, cpu_library, cpu_linear
+from clipfast.kernels import cpu_attention, cpu_library, cpu_linear, cpu_patch_embed
 from clipfast.packing import Rows
 
 cpu_library.LIBRARY.forget(Path(sys.argv[1]))
@@ -404,6 +421,14 @@ for form, dtype in itertools.product(forms, (torch.float32, torch.bfloat16)):
     for width, causal in itertools.product((1, 17, 64), (True, False)):
         qkv = guarded(torch.randn(70, 3, 2, width).to(dtype))
         cpu_attention.attention(qkv, Rows((3, 50, 17)), causal, None, form)
+    for size, columns, of_bytes in itertools.product((1, 3, 8), (1, 17, 64), (True, False)):
+        images = torch.randn(2, 3, 3 * size, 2 * size + 1)
+        images = guarded(images.byte() if of_bytes else images.to(dtype))
+        shapes = ((columns, 3, size, size), (columns,), (1 + 3 * ((2 * size + 1) // size), columns))
+        embedding = [guarded(torch.randn(shape).to(dtype)) for shape in shapes]
+        moments = [guarded(torch.rand(3).double()) for _ in range(2)]
+        norm = [guarded(torch.randn(columns)) for _ in range(2)]
+        cpu_patch_embed.patch_embed(images, *embedding, *moments, *norm, 1e-5, form)
 if "--read-beyond" in sys.argv:
     ctypes.string_at(qkv.data_ptr() + qkv.nbytes, 1)
 print("nothing was read beyond")

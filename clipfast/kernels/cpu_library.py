@@ -101,6 +101,19 @@ class PackArgs(Structure):
     ]
 
 
+class PatchEmbedArgs(Structure):
+    """clipfast_cpu_patch_embed_args"""
+
+    _fields_ = [
+        ("struct_size", c_int64),
+        *((name, c_void_p) for name in ("images", "weight", "class_embedding", "positions", "mean", "std")),
+        *((name, c_void_p) for name in ("norm_weight", "norm_bias", "out")),
+        *((name, c_int64) for name in ("count", "channels", "height", "width", "size", "columns")),
+        *((name, c_int32) for name in ("dtype", "threads", "instructions")),
+        ("eps", c_float),
+    ]
+
+
 class PeakArgs(Structure):
     """clipfast_cpu_peak_args"""
 
@@ -133,6 +146,7 @@ LIBRARY = SharedLibrary(
         "clipfast_cpu_blocks": (c_int, (POINTER(BlocksArgs),)),
         "clipfast_cpu_linear": (c_int, (POINTER(LinearArgs),)),
         "clipfast_cpu_pack": (c_int, (POINTER(PackArgs),)),
+        "clipfast_cpu_patch_embed": (c_int, (POINTER(PatchEmbedArgs),)),
         "clipfast_cpu_peak": (c_int, (POINTER(PeakArgs),)),
         "clipfast_cpu_read": (c_int, (POINTER(ReadArgs),)),
     },

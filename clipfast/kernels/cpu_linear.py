@@ -9,13 +9,12 @@ in order, in the cache, or for few rows in registers, while the next are read. B
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipfast.kernels import eager, kept, library
+from clipfast.kernels import kept, library
 from clipfast.kernels.cpu_library import ACTIVATIONS, DTYPES, LAYOUTS, LinearArgs, PackArgs, form, pointer, run, threads
 
 SIZE = ctypes.sizeof(LinearArgs)
@@ -148,7 +147,3 @@ def mlp(
 def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float) -> Tensor:
     """`clipfast.ops.project` without gradients; dtypes as `linear`'s."""
     return linear(x, projection.t(), None, None, None, norm=(norm_weight, norm_bias, eps))
-
-
-# `clipfast.ops.patch_embed` without gradients; dtypes as `linear`'s
-patch_embed = functools.partial(eager.patch_embed_by, linear)
