@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.inputs import check_text
@@ -208,23 +208,25 @@ def pack_text(text: Tensor, context_length: int, vocab_size: int, *, stable: boo
     Raises:  TypeError or ValueError naming the argument; ValueError for an id outside the vocabulary.
     """
     check_text(text, context_length)
-    ids = text.detach().cpu().long()
+    # NumPy's operators take a third of the time of PyTorch's on so few numbers
+    ids = text.detach().cpu().long().numpy()
     batch, width = ids.shape
     if batch and (ids.min() < 0 or ids.max() >= vocab_size):
-        row, column = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
-        raise ValueError(
-            f"text[{row}, {column}] is {ids[row, column].item()}, outside the vocabulary of {vocab_size} ids"
-        )
-    lengths, order = torch.sort(ids.argmax(dim=-1) + 1, stable=True)
-    places = torch.arange(width, device="cpu")  # whatever the default device
-    kept = places < lengths[:, None]
-    positions, ids = places.expand(batch, width)[kept], ids[order][kept]
-    restore = torch.empty_like(order).scatter_(0, order, torch.arange(batch, device="cpu"))
+        row, column = np.argwhere((ids < 0) | (ids >= vocab_size))[0]
+        raise ValueError(f"text[{row}, {column}] is {ids[row, column]}, outside the vocabulary of {vocab_size} ids")
+    lengths = ids.argmax(axis=1) + 1
+    order = lengths.argsort(kind="stable")
+    restore = np.empty_like(order)
+    restore[order] = np.arange(batch)
+    lengths = lengths[order]
+    kept = np.arange(width) < lengths[:, None]
+    positions, ids = kept.nonzero()[1], ids[order][kept]
     if stable:
-        fillers = torch.tensor(filling(len(ids)), dtype=lengths.dtype, device="cpu")
-        ids, positions = (F.pad(x, (0, int(fillers.sum()))) for x in (ids, positions))
-        lengths = torch.cat([lengths, fillers])
-    return PackedText(ids, positions, lengths.cumsum(0) - 1, restore, Rows(tuple(lengths.tolist()), stable))
+        fillers = filling(len(ids))
+        ids, positions = (np.pad(x, (0, sum(fillers))) for x in (ids, positions))
+        lengths = np.append(lengths, fillers)
+    ids, positions, last, restore = map(torch.from_numpy, (ids, positions, lengths.cumsum() - 1, restore))
+    return PackedText(ids, positions, last, restore, Rows(tuple(lengths.tolist()), stable))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
