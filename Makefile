@@ -42,7 +42,8 @@ test: $(TEST) ## lint, then the whole test suite
 # each (the interpreter, strides), what is slow without AVX-512 (float16), whole losses and most architectures.
 CPU_TESTS = $(PY) -m pytest -n auto --maxprocesses=4 \
 	-k "not triton and not strides and not through and not -float16 and not RN50 and not RN101 and not B/16 and not L/14" \
-	$(addprefix tests/test_,$(addsuffix .py,blocks dispatch cpu_library cpu_linear cpu_attention cpu_attention_pool ops gradients model))
+	$(addprefix tests/test_,$(addsuffix .py,blocks dispatch cpu_library $(addprefix cpu_,linear attention attention_pool patch_embed) \
+	ops gradients model))
 test-older-cpus: $(TEST) ## what depends on the CPU, held to AVX2 and to plain C++
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 CLIPFAST_CPU_INSTRUCTIONS=avx2 $(CPU_TESTS)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \

@@ -170,29 +170,6 @@ def patch_embed(
     return tokens if norm_weight is None else layer_norm(tokens, norm_weight, norm_bias, eps)
 
 
-def patch_embed_by(
-    multiply: Callable[..., Tensor],
-    images: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    positional_embedding: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """patch_embed without gradients, by a backend's own `linear`, `multiply`; no copy of the tokens."""
-    width, size = weight.shape[0], weight.shape[-1]
-    pixels = to_weight_dtype(images, weight, mean, std)
-    y = multiply(patches(pixels, size), weight.flatten(1), None, None, None)
-    tokens = y.new_empty(len(images), len(positional_embedding), width)
-    positional_embedding = positional_embedding.to(y.dtype)
-    tokens[:, 0] = class_embedding.to(y.dtype) + positional_embedding[0]
-    torch.add(y, positional_embedding[1:], out=tokens[:, 1:])
-    return tokens if norm_weight is None else layer_norm(tokens, norm_weight, norm_bias, eps)
-
-
 def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float) -> Tensor:
     return layer_norm(x, norm_weight, norm_bias, eps) @ projection
 

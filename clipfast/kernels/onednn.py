@@ -159,8 +159,25 @@ def mlp(
 
 
 @_widened(1)
-def patch_embed(*arguments: Any) -> Tensor:
-    return eager.patch_embed_by(linear, *arguments)
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positional_embedding: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    pixels = eager.to_weight_dtype(images, weight, mean, std)
+    y = linear(eager.patches(pixels, weight.shape[-1]), weight.flatten(1), None, None, None)
+    # no copy of the tokens
+    tokens = y.new_empty(len(images), len(positional_embedding), len(weight))
+    positional_embedding = positional_embedding.to(y.dtype)
+    tokens[:, 0] = class_embedding.to(y.dtype) + positional_embedding[0]
+    torch.add(y, positional_embedding[1:], out=tokens[:, 1:])
+    return tokens if norm_weight is None else eager.layer_norm(tokens, norm_weight, norm_bias, eps)
 
 
 def project(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, projection: Tensor, eps: float) -> Tensor:
