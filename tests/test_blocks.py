@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor
 
 import clipfast
 from clipfast import dispatch, ops, reference, tuning
-from clipfast.blocks import Block, BlockWeights
+from clipfast.blocks import Block, BlockWeights, Projection, Stack
 from clipfast.kernels import cpu_attention, cpu_blocks, cpu_linear, kept
+from clipfast.kernels import cpu_library as library
 from clipfast.kernels.cpu_library import BlockArgs, BlocksArgs
 from clipfast.model import convert_weights
 from clipfast.packing import Rows
@@ -307,6 +309,51 @@ def test_one_row_of_weights_that_are_packed_strided_or_without_bias(cpu_library)
         kept.forget(matrices)
 
 
+@by_dtype
+@pytest.mark.parametrize("count", [1, 3])
+def test_projected_rows(form, count, dtype):
+    """To the bit what the library's linear layer makes of the rows, however the projection's tensors lie."""
+    lengths = [7, 1, 30, 12]
+    x, index, rows = torch.randn(50, 48).to(dtype), some_rows(lengths), Rows(tuple(lengths))
+    blocks = [Block(make_weights(48, 40 + n, dtype), 2, eps=EPS) for n in range(count)]
+    projection = Projection(*norm(48), weights(48, 20)[0].to(dtype), 0.3)
+    pooled = cpu_blocks.blocks(x, rows, blocks, True, index, instructions=form)
+    of_norm = (projection.norm_weight, projection.norm_bias, 0.3)
+    expected = cpu_linear.linear(pooled, projection.weight.t(), None, None, None, form, of_norm)
+    strided = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in projection[:3]]
+    turned = projection._replace(weight=projection.weight.t().contiguous().t())
+    for some in (projection, projection._make([*strided, 0.3]), turned):
+        assert torch.equal(cpu_blocks.blocks(x, rows, blocks, True, index, some, form), expected)
+
+
+def test_no_rows_to_project(cpu_library):
+    x, blocks = torch.zeros(0, 64), [Block(make_weights(64, 96), 2)]
+    projection = Projection(*norm(64), torch.randn(64, 20))
+    with torch.no_grad():
+        got = ops.blocks(x, [0], blocks, causal=True, index=torch.zeros(0).long(), projection=projection)
+    assert got.shape == (0, 20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"index": None}, ValueError, "a projection is of the rows that an index names, and there is no index"),
+        ({"norm_weight": torch.zeros(63)}, ValueError, r"norm_weight must be \[64\], got \[63\]"),
+        ({"norm_bias": torch.zeros(1)}, ValueError, r"norm_bias must be \[64\], got \[1\]"),
+        ({"weight": torch.zeros(20, 64)}, ValueError, r"projection must be \[64, \*\], got \[20, 64\]"),
+        ({"weight": torch.zeros(64, 20, device="meta")}, RuntimeError, "x is on cpu but projection is on meta"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_refusals_of_a_projection(cpu_library, backend, changes, error, message):
+    index = changes.get("index", torch.tensor([1, 4]))
+    others = {name: change for name, change in changes.items() if name != "index"}
+    projection = Projection(*norm(64), torch.randn(64, 20))._replace(**others)
+    options = {"causal": False, "index": index, "projection": projection}
+    with torch.no_grad(), clipfast.backend(backend), pytest.raises(error, match=message):
+        ops.blocks(torch.zeros(5, 64), [0, 2, 5], [Block(make_weights(64, 96), 2)], **options)
+
+
 @pytest.mark.parametrize("index", [[-1, 5], [0, 3], [4, 9], [0, 1 << 40]], ids=str)
 def test_a_row_of_another_sequence_is_refused(cpu_library, index):
     blocks = [Block(make_weights(64, 96), 2)]
@@ -360,6 +407,105 @@ def test_where_they_are_what_they_are_made_of(preferred, dtype):
     y.sum().backward()
     # the keys' bias adds the same to every score, but is no number of its own here
     assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
+
+
+def test_a_projection_is_asked_for_as_its_operator(preferred):
+    """With a gradient of its own, of another dtype, and shown by `explain`."""
+    x, blocks, index = torch.randn(5, 64), [Block(make_weights(64, 96), 2)], torch.tensor([1, 4])
+    projection = Projection(*norm(64), torch.randn(64, 20))
+    assert dispatch.whole_blocks(x, blocks, True, projection) is cpu_blocks.blocks
+    assert "project" in {row[0] for row in clipfast.explain()}
+    double = projection._replace(weight=projection.weight.double())
+    assert dispatch.whole_blocks(x, blocks, True, double) is None
+    for name in ("norm_weight", "norm_bias", "weight"):
+        leaf = getattr(projection, name).clone().requires_grad_()
+        trained = projection._replace(**{name: leaf})
+        ops.blocks(x, [0, 2, 5], blocks, causal=False, index=index, projection=trained).square().sum().backward()
+        assert leaf.grad.any(), name
+
+
+def _turned(weights: BlockWeights) -> None:
+    weights.out_weight.data = weights.out_weight.data.t()
+
+
+def _moved(weights: BlockWeights) -> None:
+    weights.fc2_weight.data = weights.fc2_weight.data * 2
+
+
+def _with_other_signs(weights: BlockWeights) -> None:
+    weights.fc1_bias.data = torch._neg_view(weights.fc1_bias.data)
+
+
+def _of_whole_numbers(weights: BlockWeights) -> None:
+    weights.qkv_bias.data = weights.qkv_bias.data.view(torch.int32)
+
+
+def _edited(weights: BlockWeights) -> None:
+    weights.fc2_weight.mul_(2)
+
+
+def _edited_where_it_is_copied(weights: BlockWeights) -> None:
+    weights.fc2_bias.add_(1)
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([2, 8])], ids=["all rows", "an index"])
+@pytest.mark.parametrize(
+    "change",
+    [_turned, _moved, _with_other_signs, _of_whole_numbers, _edited, _edited_where_it_is_copied],
+    ids=lambda change: change.__name__.strip("_"),
+)
+def test_a_stack_that_is_passed_again_sees_a_change(preferred, change, index):
+    """Each in one fact alone: address, strides, signs, dtype, contents, and contents of what is no row of memory."""
+    x, first, second = torch.randn(9, 64), make_weights(64, 96), make_weights(64, 96)
+    # numbers next to zero, and whole ones if they are taken for that
+    second = second._replace(qkv_bias=torch.randint(3, (192,), dtype=torch.int32).view(torch.float32))
+    if change is _edited_where_it_is_copied:
+        second = second._replace(fc2_bias=torch.stack([second.fc2_bias] * 2, dim=1)[:, 0])
+    stack = Stack([Block(first, 2), Block(second, 2)])
+
+    def run(blocks) -> Tensor:
+        return ops.blocks(x, [0, 3, 9], blocks, causal=True, index=index)
+
+    with torch.no_grad():
+        before = run(stack)
+        assert torch.equal(run(stack), before)
+        change(second)
+        after = run(stack)
+        assert torch.equal(after, run([*stack])) and not torch.equal(after, before)
+
+
+def test_a_stack_that_is_passed_again_is_checked_again(preferred):
+    """For rows of another width or on another device, and after a tensor got another shape at its place."""
+    weights = make_weights(64, 96)
+    stack = Stack([Block(weights, 2)])
+    with torch.no_grad():
+        ops.blocks(torch.zeros(5, 64), [0, 5], stack, causal=True)
+        with pytest.raises(ValueError, match=r"norm_1_weight must be \[32\], got \[64\]"):
+            ops.blocks(torch.zeros(5, 32), [0, 5], stack, causal=True)
+        with pytest.raises(RuntimeError, match="x is on meta but norm_1_weight is on cpu"):
+            ops.blocks(torch.zeros(5, 64, device="meta"), [0, 5], stack, causal=True)
+        weights.fc1_bias.data = weights.fc1_bias.data[:95]
+        with pytest.raises(ValueError, match=r"fc1_bias must be \[96\], got \[95\]"):
+            ops.blocks(torch.zeros(5, 64), [0, 5], stack, causal=True)
+
+
+def test_one_stack_for_calls_of_every_kind(cpu_library):
+    """In each form, with an index and without, packed or not: what one call found is not for another kind."""
+    x, rows, index = torch.randn(9, 64), Rows((3, 6)), torch.tensor([1, 8])
+    stack = Stack(Block(make_weights(64, 96), 2) for _ in range(2))
+    forms = list(library.INSTRUCTIONS)[1 : library.INSTRUCTIONS[library.best()] + 1]
+    for keep in (False, True):
+        (kept.keep if keep else kept.forget)(stack.matrices)
+        try:
+            for form, some in itertools.product([*forms, *forms], (None, index)):
+                got, expected = (
+                    cpu_blocks.blocks(x, rows, blocks, True, some, instructions=form) for blocks in (stack, [*stack])
+                )
+                assert torch.equal(got, expected)
+        finally:
+            kept.forget(stack.matrices)
+    with pytest.raises(TypeError, match="they must have one dtype"):
+        cpu_blocks.blocks(x.bfloat16(), rows, stack, True)
 
 
 @by_dtype

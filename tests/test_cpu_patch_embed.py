@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipfast.kernels import cpu_patch_embed
+from clipfast.kernels import cpu_linear, cpu_patch_embed
 
 from . import csrc
 from .accuracy import assert_accurate
@@ -29,7 +29,8 @@ def make(dtype: torch.dtype, of_bytes: bool, *shape: int, channels: int = 3, aff
     images, weight, *embedding = case.arguments
     images, weight = (tensor[:, :1].repeat(1, channels, 1, 1) for tensor in (images, weight))
     weight = torch.randn_like(weight) * weight[0].numel() ** -0.5
-    options = dict(zip(("norm_weight", "norm_bias"), norm(shape[-1]), strict=True)) if affine else {}
+    # an eps that no other is taken for
+    options = dict(zip(("norm_weight", "norm_bias"), norm(shape[-1]), strict=True)) | {"eps": 0.1} if affine else {}
     if of_bytes:
         images = torch.randint(256, images.shape, dtype=torch.uint8)
         options |= {"mean": torch.rand(channels), "std": 0.2 + torch.rand(channels)}
@@ -84,7 +85,7 @@ def test_how_tensors_lie_in_memory(form, of_bytes, dtype):
         "patch_embed", (images, weight, torch.stack([first, first], 1)[:, 0], positions.double()), case.options
     )
     assert torch.equal(run(other, form), expected)
-    options = {name: x.double() for name, x in case.options.items()}
+    options = {name: x.double() if isinstance(x, Tensor) else x for name, x in case.options.items()}
     negative = [torch._neg_view(-x) if x.is_floating_point() else x for x in case.arguments]
     assert torch.equal(run(Case("patch_embed", (*negative,), options), form), expected)
 
@@ -98,6 +99,17 @@ def test_a_byte_is_the_number_that_preprocess_gives(form, dtype):
     case = Case("patch_embed", (images, weight, nothing, torch.zeros(2, 3)), {"mean": mean, "std": std})
     expected = ((images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)).to(dtype)
     assert torch.equal(run(case, form)[:, 1], expected.view(256, 3))
+
+
+@by_dtype
+def test_products_are_those_of_the_same_form(form, dtype):
+    """To the bit, with nothing added."""
+    images, weight, *_ = make(dtype, False, 3, 28, 42, 14, 40).arguments
+    nothing = torch.zeros(40), torch.zeros(7, 40)
+    got = run(Case("patch_embed", (images, weight, *nothing), {}), form)[:, 1:]
+    pixels = torch.nn.functional.unfold(images.float(), 14, stride=14).mT.reshape(18, -1).to(dtype)
+    expected = cpu_linear.linear(pixels, weight.flatten(1), None, None, None, form)
+    assert torch.equal(got.reshape(18, 40), expected)
 
 
 @by_dtype

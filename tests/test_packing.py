@@ -131,7 +131,9 @@ def test_the_callers_ids_stay_as_they_were():
 
 
 def test_equal_lengths_keep_the_callers_order():
-    """So that a batch of full-length texts is not gathered for nothing."""
+    """So that a batch of full-length texts is not gathered for nothing; in a large batch as well."""
+    large = pack_text(torch.tensor([[1, 29], [29, 0]] * 500), 12, 30)
+    assert torch.equal(large.restore, torch.arange(1000).view(2, 500).flip(0).t().flatten())
     text = torch.tensor([[1, 29], [2, 29], [29, 0], [3, 29]])
     packed = pack_text(text, 12, 30)
     assert packed.ids.tolist() == [29, 1, 29, 2, 29, 3, 29]

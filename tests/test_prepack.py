@@ -147,6 +147,17 @@ def test_layouts_are_made_once_and_again_after_an_edit(products, layouts):
         assert len(layouts) == 23 + (22 if products == "onednn" else 0)
 
 
+def test_layouts_are_made_after_calls_without(layouts):
+    """And those calls found the weights as they lie."""
+    model = clipfast.CLIP(*VIT).eval()
+    with torch.no_grad():
+        model(IMAGES, TEXTS)
+        for enable, count in ((True, 22), (False, 22), (True, 44)):
+            model.prepack_weights(enable)
+            model(IMAGES, TEXTS)
+            assert len(layouts) == count
+
+
 def test_training_goes_on_as_ever():
     plain = clipfast.CLIP(*VIT)
     packed = copy.deepcopy(plain).prepack_weights()

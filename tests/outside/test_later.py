@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from clipfast.packing import pack_text
+
 from ..clips import VIT, make_trio
-from .habits import assert_habit, embed, scaled, unchanged
+from .habits import TEXTS, assert_habit, embed, scaled, unchanged
 
 
 def _blocks(m):
@@ -51,6 +53,10 @@ def _heads(block):
     block.attn.num_heads = 4
 
 
+def _eps(block):
+    block.ln_1.eps, block.ln_2.eps = 0.1, 0.3
+
+
 def _pruned_to_sparse(block):
     weight = block.mlp.c_fc.weight.data
     block.mlp.c_fc.weight = nn.Parameter(torch.where(weight.abs() > 0.08, weight, 0.0).to_sparse_csr())
@@ -76,7 +82,7 @@ CHANGES = {
     change.__name__.strip("_"): change
     for change in (
         _last_again, _other_dictionary, _as_long_as_before, _other_hooks, _compiled_call, _other_child, _class, _heads,
-        _pruned_to_sparse, _one_bias_for_all, _bias_as_a_row, _fewer_hidden_units,
+        _eps, _pruned_to_sparse, _one_bias_for_all, _bias_as_a_row, _fewer_hidden_units,
     )
 }  # fmt: skip
 
@@ -91,6 +97,17 @@ def test_a_change_after_the_first_encode(name):
             for block in _blocks(model):
                 CHANGES[name](block)
     assert_habit(trio, VIT)
+
+
+def test_packed_texts_after_a_change():
+    """Whoever packs texts on his own asks no other way whether the modules are the same."""
+    model = make_trio(VIT)[0]
+    packed = pack_text(TEXTS, *model.positional_embedding.shape[:1], *model.token_embedding.weight.shape[:1])
+    with torch.no_grad():
+        before = model.encode_packed(packed)
+        model.transformer.resblocks[0].mlp = model.transformer.resblocks[1].mlp
+        after = model.encode_packed(packed)
+        assert torch.equal(after, model.encode_text(TEXTS)) and not torch.equal(after, before)
 
 
 CALLS = {
