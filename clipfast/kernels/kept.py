@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from operator import attrgetter, call, is_
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, UntypedStorage
@@ -120,11 +120,12 @@ class Seen:
         """The layouts, or None if something changed."""
         if self.changes != _changes or any(map(Tensor.is_inference, self.weights)):
             return None
-        layouts = [layout for layout in map(call, self.layouts) if layout is not None]
+        storages = map(Tensor.untyped_storage, self.weights)
+        layouts = [layout for kept in self.layouts if (layout := kept()) is not None]
         same = (
             len(layouts) == len(self.layouts)
             and [*map(_VERSION, self.weights)] == self.versions
-            and all(map(is_, map(call, self.storages), map(Tensor.untyped_storage, self.weights)))
+            and all(kept() is storage for kept, storage in zip(self.storages, storages, strict=True))
         )
         return layouts if same else None
 
