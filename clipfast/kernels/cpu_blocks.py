@@ -128,12 +128,14 @@ def blocks(
     Raises: RuntimeError if the library is missing or this CPU has not the instructions, TypeError if dtypes differ.
     """
     x, width = x.resolve_neg().contiguous(), x.shape[1]
-    if index is None and not (len(blocks) and len(x)):
+    if not len(blocks):
         return x.clone()
     stack, sequences = Stack.of(blocks), len(rows.lengths)
     args, alive = _read_or_found(stack, x.dtype, instructions, index is not None)
     columns = width if projection is None else projection.weight.shape[1]
     out = x.new_empty(len(x) if index is None else sequences, columns)
+    if not out.numel():
+        return out
     between = x.new_empty(x.shape) if index is not None and len(stack) > 1 else None
     index = None if index is None else index.contiguous()
     offsets = rows.derive("offsets", Rows.offsets, x.device)
