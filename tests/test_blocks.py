@@ -326,6 +326,13 @@ def test_projected_rows(form, count, dtype):
         assert torch.equal(cpu_blocks.blocks(x, rows, blocks, True, index, some, form), expected)
 
 
+def test_a_projection_of_another_dtype(cpu_library):
+    projection = Projection(*norm(64), torch.zeros(64, 20).bfloat16())
+    blocks, index = [Block(make_weights(64, 96), 2)], torch.tensor([1])
+    with pytest.raises(TypeError, match=r"x is torch.float32, projection torch.bfloat16: they must have one dtype"):
+        cpu_blocks.blocks(torch.zeros(5, 64), Rows((5,)), blocks, True, index, projection)
+
+
 def test_no_rows_to_project(cpu_library):
     x, blocks = torch.zeros(0, 64), [Block(make_weights(64, 96), 2)]
     projection = Projection(*norm(64), torch.randn(64, 20))
@@ -504,6 +511,7 @@ def test_one_stack_for_calls_of_every_kind(cpu_library):
                 assert torch.equal(got, expected)
         finally:
             kept.forget(stack.matrices)
+    cpu_blocks.blocks(x, rows, stack, True)
     with pytest.raises(TypeError, match="they must have one dtype"):
         cpu_blocks.blocks(x.bfloat16(), rows, stack, True)
 

@@ -14,11 +14,13 @@ from torch import nn
 
 import clipfast
 from clipfast import dispatch, ops
+from clipfast.blocks import Block, Stack
 from clipfast.kernels import cpu_blocks, cpu_linear, kept, onednn
 
 from .accuracy import assert_accurate
 from .clips import RESNET, VIT, assert_same, convert, encode, make_exact, make_images, make_texts, make_trio
 from .op_cases import Case, mlp_case, weights
+from .test_blocks import make_weights
 from .test_weights import EDITS, IMAGES, TEXTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -156,6 +158,14 @@ def test_layouts_are_made_after_calls_without(layouts):
             model.prepack_weights(enable)
             model(IMAGES, TEXTS)
             assert len(layouts) == count
+
+
+def test_a_stack_without_an_index_multiplies_all_its_matrices_whole(layouts):
+    stack = Stack([Block(make_weights(64, 96), 2)])
+    kept.keep(stack.matrices)
+    with torch.no_grad():
+        ops.blocks(torch.randn(5, 64), [0, 5], stack, causal=True)
+    assert len(layouts) == 4
 
 
 def test_training_goes_on_as_ever():
