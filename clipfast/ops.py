@@ -327,7 +327,9 @@ def patch_embed(
     Raises:  TypeError for integer images, ValueError if the shapes disagree, RuntimeError if the devices do.
     Source:  Dosovitskiy et al. 2020, arXiv:2010.11929.
     """
+    _expect("weight", weight, -1, -1, -1, -1)
     width, channels, size, _ = weight.shape
+    _expect("weight", weight, width, channels, size, size)
     _expect("images", images, -1, channels, -1, -1)
     _expect("class_embedding", class_embedding, width)
     _expect("positional_embedding", positional_embedding, -1, width)
@@ -339,13 +341,17 @@ def patch_embed(
         raise TypeError(f"images must be floating (normalised) or uint8 (0 to 255), got {images.dtype}")
     if images.dtype == torch.uint8 and (mean is None or std is None):
         raise ValueError("uint8 images need mean and std")
+    if images.dtype == torch.uint8:
+        _expect("mean", mean, channels)
+        _expect("std", std, channels)
     down, across = images.shape[2] // size, images.shape[3] // size
     if 1 + down * across != len(positional_embedding):
         raise ValueError(
             f"images of {images.shape[2]} x {images.shape[3]} give {down} x {across} patches of {size}, "
             f"but positional_embedding is for {len(positional_embedding) - 1}"
         )
-    _expect_one_device("images", images, weight=weight, norm_weight=norm_weight)
+    _expect_one_device("images", images, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias)
+    _expect_one_device("images", images, class_embedding=class_embedding, positional_embedding=positional_embedding)
     tensors = (images, weight, class_embedding, positional_embedding)
     norm = (norm_weight, norm_bias)
     return run("patch_embed", weight, (*tensors, *norm), *tensors, mean, std, *norm, eps)

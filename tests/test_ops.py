@@ -396,6 +396,11 @@ def test_wrong_arguments_are_named():
         (lambda: ops.patch_embed(*swap(patch, 0, patch[0][..., :4])), "2 x 1 patches of 4, .* is for 4"),
         (lambda: ops.patch_embed(*swap(patch, 2, patch[2][1:])), r"class_embedding must be \[6\], got \[5\]"),
         (lambda: ops.patch_embed(*swap(patch, 0, patch[0].byte())), "uint8 images need mean and std"),
+        (lambda: ops.patch_embed(*swap(patch, 1, patch[1][..., :1])), r"weight must be \[6, 3, "),
+        (
+            lambda: ops.patch_embed(*swap(patch, 0, patch[0].byte()), mean=torch.zeros(2), std=torch.ones(3)),
+            r"mean must be \[3\], got \[2\]",
+        ),
         (lambda: ops.patch_embed(*patch, norm_weight=affine[0]), "norm_weight and norm_bias come together"),
         (lambda: ops.project(x, *affine, weight), r"projection must be \[6, \*\], got \[5, 6\]"),
         (lambda: ops.logits(x, weight[:, :5], torch.tensor(1.0)), r"text_features must be \[\*, 6\], got \[5, 5\]"),

@@ -34,7 +34,7 @@ def patch_embed(
     of_bytes = images.dtype == torch.uint8
     images = readable(images, torch.uint8 if of_bytes else dtype)
     tensors = [readable(tensor, dtype) for tensor in (weight, class_embedding, positional_embedding)]
-    moments = [readable(tensor, torch.float64) if of_bytes else None for tensor in (mean, std)]
+    moments = [readable(tensor.to(images.device), torch.float64) if of_bytes else None for tensor in (mean, std)]
     norm = [None if tensor is None else readable(tensor, torch.float32) for tensor in (norm_weight, norm_bias)]
     out = images.new_empty(count, len(positional_embedding), len(weight), dtype=dtype)
     sizes = (count, channels, height, width, size, len(weight))
