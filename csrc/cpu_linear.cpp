@@ -206,15 +206,22 @@ struct Product {
     void multiply_few(int64_t group, int64_t next, const Rows &rows, float *sums) const {
         const int64_t begin = first(group) * PANEL, end = least(first(group + 1) * PANEL, args.columns);
         const char *const weight = static_cast<const char *>(args.weight);
-        for (int64_t c = begin; c < end; c += SQUARE) {
-            const int64_t second = c + SQUARE < end ? c + SQUARE : next < 0 ? args.columns : first(next) * PANEL;
-            Ahead asked(weight + second * chains.bytes, 1, 0, least(args.columns - second, SQUARE) * chains.bytes,
+        for (int64_t c = begin, width; c < end; c += width) {
+            const bool two = rows.count <= FEWEST<T> && end - c >= 2 * SQUARE;
+            width = two ? 2 * SQUARE : SQUARE;
+            const int64_t second = c + width < end ? c + width : next < 0 ? args.columns : first(next) * PANEL;
+            Ahead asked(weight + second * chains.bytes, 1, 0, least(args.columns - second, width) * chains.bytes,
                         chains.all_words() / 4);
             for (int64_t chain = 0; chain < chains.count; chain++) {
                 const Strip strip{weight + c * chains.bytes + 4 * chain * chains.length, chains.bytes, args.columns - c,
                                   chains.bytes_of(chain), chains.words_of(chain)};
-                multiply_strip_by<T>(rows.count, rows.x + chain * rows.chain, strip, sums + c - begin, GROUP, chain > 0,
-                                     asked);
+                const uint32_t *const x = rows.x + chain * rows.chain;
+                float *const to = sums + c - begin;
+                if (!two) {
+                    multiply_strips_by<T, 1>(rows.count, x, strip, to, GROUP, chain > 0, asked);
+                } else if constexpr (FEWEST<T> > 0) {
+                    multiply_strips_by<T, 2>(rows.count, x, strip, to, GROUP, chain > 0, asked);
+                }
             }
         }
         for (int64_t p = first(group); p < first(group + 1); p++)
