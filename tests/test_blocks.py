@@ -496,6 +496,52 @@ def test_a_stack_that_is_passed_again_is_checked_again(preferred):
             ops.blocks(torch.zeros(5, 64), [0, 5], stack, causal=True)
 
 
+def _another_storage(weight: Tensor, memory: bytearray) -> None:
+    weight.data = torch.frombuffer(memory, dtype=torch.float32).view(96, 64).neg_()
+
+
+def _made_in_inference_mode(weight: Tensor, memory: bytearray) -> None:
+    with torch.inference_mode():
+        weight.data = torch.empty(0).set_(weight.untyped_storage(), 0, (96, 64))
+        assert weight.is_inference()
+        weight.neg_()
+
+
+@pytest.mark.parametrize("change", [_another_storage, _made_in_inference_mode])
+def test_a_stack_sees_another_weight_at_the_address_of_one_that_is_kept_packed(preferred, change):
+    """Which looks the same in every fact; of a weight made in inference mode PyTorch counts no edits."""
+    memory = bytearray(4 * 96 * 64)
+    weight = torch.frombuffer(memory, dtype=torch.float32).view(96, 64).normal_()
+    stack = Stack([Block(make_weights(64, 96)._replace(fc1_weight=weight), 2)])
+    x = torch.randn(9, 64)
+    kept.keep(stack.matrices)
+    try:
+        with torch.no_grad():
+            before = ops.blocks(x, [0, 9], stack, causal=True)
+            change(weight, memory)
+            after = ops.blocks(x, [0, 9], stack, causal=True)
+            expected = ops.blocks(x, [0, 9], [*stack], causal=True)
+        assert torch.equal(after, expected) and not torch.equal(after, before)
+    finally:
+        kept.forget(stack.matrices)
+
+
+def test_a_stack_of_tensors_that_torch_func_traces():
+    """They are nowhere in memory, and nothing is found out about them."""
+    x, weights = torch.randn(5, 64), make_weights(64, 96)
+
+    def run(bias: Tensor) -> Tensor:
+        stack = Stack([Block(weights._replace(fc2_bias=bias), 2)])
+        return ops.blocks(x, [0, 5], stack, causal=True).sum()
+
+    assert torch.equal(torch.func.grad(run)(weights.fc2_bias), torch.full((64,), 5.0))
+
+
+def test_a_stack_stays_the_one_that_knows():
+    stack = Stack([Block(make_weights(64, 96), 2)])
+    assert Stack.of(stack) is stack
+
+
 def test_one_stack_for_calls_of_every_kind(cpu_library):
     """In each form, with an index and without, packed or not: what one call found is not for another kind."""
     x, rows, index = torch.randn(9, 64), Rows((3, 6)), torch.tensor([1, 8])

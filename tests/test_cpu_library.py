@@ -192,7 +192,7 @@ REFUSED = [
     ("attention_pool", ONE_POOLED),  # of a sequence without rows
     *(("blocks", changes) for changes in ({"struct_size": 8}, {"count": 0}, {"dtype": 7}, {"second_heads": 3})),
     *(("blocks", {name: 0}) for name in ("width", "second_hidden", "second_heads", "second_struct_size", "threads")),
-    *(("blocks", changes) for changes in ({"sequences": -1}, {"columns": -1}, {"blocks": None})),
+    *(("blocks", changes) for changes in ({**ONE_EMBEDDED, "sequences": -1}, {"columns": -1}, {"blocks": None})),
     *(
         ("blocks", {**ONE_EMBEDDED, name: None})
         for name in ("x", "between", "out", "offsets", "norm_weight", "norm_bias")
@@ -208,7 +208,7 @@ REFUSED = [
     *(("pack", {name: -1}) for name in ("columns", "terms")),
     *(
         ("patch_embed", changes)
-        for changes in ({"struct_size": 8}, {"dtype": 7}, {"count": -1}, {"height": -1}, {"width": -1})
+        for changes in ({"struct_size": 8}, {"dtype": 7}, {**ONE_IMAGE, "count": -1}, {"height": -1}, {"width": -1})
     ),
     *(("patch_embed", {name: 0}) for name in ("channels", "size", "columns", "threads")),
     *(("patch_embed", {name: SOMEWHERE}) for name in ("mean", "std", "norm_weight", "norm_bias")),

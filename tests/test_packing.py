@@ -126,7 +126,7 @@ def test_the_callers_ids_stay_as_they_were():
     before = text.clone()
     packed = pack_text(text, 12, 30)
     packed.ids.zero_()
-    assert torch.equal(text, before)
+    assert torch.equal(text, before) and packed.ids.dtype == torch.int64
     assert _unpacked(pack_text(text, 12, 30)) == [([5, 29], [0, 1], 1), ([29], [0], 0), ([1, 2, 3], [0, 1, 2], 2)]
 
 

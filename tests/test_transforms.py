@@ -288,6 +288,19 @@ def test_grad_checkpointing(hooked):
     assert kept(models[1])[0] == most
 
 
+def test_grad_checkpointing_of_a_transformer_alone(monkeypatch):
+    blocks = []
+    monkeypatch.setattr(clipfast.model, "checkpoint", lambda block, *of, **_: blocks.append(block) or block(*of))
+    transformer = clipfast.model.Transformer(64, 3, 2)
+    transformer.grad_checkpointing = True
+    x = torch.randn(5, 2, 64)
+    with torch.no_grad():
+        expected = transformer(x)
+    assert not blocks
+    torch.testing.assert_close(transformer(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(blocks) == 3
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_blocks(use_reentrant):
     """Blocks recomputed in the backward pass: the forward of each is replaced, as trainers do."""

@@ -104,7 +104,8 @@ def test_packed_texts_after_a_change():
     model = make_trio(VIT)[0]
     packed = pack_text(TEXTS, *model.positional_embedding.shape[:1], *model.token_embedding.weight.shape[:1])
     with torch.no_grad():
-        before = model.encode_packed(packed)
+        before = model.encode_text(TEXTS)
+        assert torch.equal(model.encode_packed(packed), before)
         model.transformer.resblocks[0].mlp = model.transformer.resblocks[1].mlp
         after = model.encode_packed(packed)
         assert torch.equal(after, model.encode_text(TEXTS)) and not torch.equal(after, before)
