@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define CLIPFAST_CPU_ABI_VERSION 9
+#define CLIPFAST_CPU_ABI_VERSION 10
 /* bytes that clipfast_cpu_read reads at a time */
 #define CLIPFAST_CPU_READ_BLOCK 1024
 #define CLIPFAST_CPU_API __attribute__((visibility("default")))
@@ -170,13 +170,13 @@ typedef struct clipfast_cpu_blocks_args {
     int64_t struct_size;              /* sizeof(clipfast_cpu_blocks_args) */
     const clipfast_cpu_block_args *blocks; /* [count] */
     const void *x;                    /* [T, width] of dtype, contiguous like all of these; not written */
-    void *between;                    /* [T, width], with an index and more blocks than one; else not read */
-    void *out;                        /* [T, width]; with an index [sequences, width], projected [sequences, columns] */
+    void *between;                    /* [T, width], not x: what the last block reads, with an index and two blocks or more */
+    void *out;                        /* not x. [T, width]; with an index [sequences, width], projected [sequences, columns] */
     const int32_t *offsets;           /* [sequences + 1]: as clipfast_cpu_attention_args has them */
     const int64_t *index;             /* [sequences]: a row of each sequence; or null */
-    const void *norm_weight;          /* [width] float32 */
+    const void *norm_weight;          /* [width] float32; this and the next are read with a projection only */
     const void *norm_bias;
-    const void *projection; /* [columns, width], or as its layout says; null without an index, or for none */
+    const void *projection; /* [columns, width], or as its layout says; null for none, and without an index */
     int64_t count;          /* at least 1 */
     int64_t sequences;      /* may be 0: nothing is read or written */
     int64_t width;
@@ -194,25 +194,25 @@ typedef struct clipfast_cpu_blocks_args {
  */
 typedef struct clipfast_cpu_patch_embed_args {
     int64_t struct_size;         /* sizeof(clipfast_cpu_patch_embed_args) */
-    const void *images;          /* [count, channels, height, width] of dtype, or with mean and std bytes; contiguous like all */
-    const void *weight;          /* [columns, channels, size, size] of dtype */
-    const void *class_embedding; /* [columns] */
-    const void *positions;       /* [1 + patches, columns], patches = (height / size) (width / size), both rounded down */
-    const double *mean;          /* [channels]: byte b becomes (b / 255 - mean) / std; or null */
+    const void *images;          /* [batch, channels, height, width] of dtype, bytes if there is a mean; contiguous like all */
+    const void *weight;          /* [features, channels, patch, patch] of dtype */
+    const void *class_embedding; /* [features] of dtype */
+    const void *positional_embedding; /* [L, features] of dtype, L = 1 + (height / patch) (width / patch), rounded down */
+    const double *mean;          /* [channels]: byte b becomes (b / 255 - mean) / std; null exactly if std is */
     const double *std;
-    const void *norm_weight; /* [columns] float32, or null for no LayerNorm */
-    const void *norm_bias;
-    void *out;     /* [count, 1 + patches, columns] */
-    int64_t count; /* may be 0: nothing is read or written */
+    const void *norm_weight; /* [features] float32, or null for no LayerNorm */
+    const void *norm_bias;   /* [features] float32; null exactly if norm_weight is */
+    void *out;               /* [batch, L, features] of dtype */
+    int64_t batch;           /* may be 0: nothing is read or written */
     int64_t channels;
-    int64_t height;
+    int64_t height; /* of an image, in pixels */
     int64_t width;
-    int64_t size;
-    int64_t columns;
+    int64_t patch; /* of a patch, in pixels */
+    int64_t features;
     int32_t dtype;        /* clipfast_cpu_dtype */
     int32_t threads;      /* OpenMP's, at most */
     int32_t instructions; /* clipfast_cpu_instructions */
-    float eps;
+    float eps;            /* of the LayerNorm */
 } clipfast_cpu_patch_embed_args;
 
 /* Multiplications and additions of numbers that stay in registers, for a benchmark to time: no product can be faster in

@@ -30,12 +30,12 @@ constexpr int64_t UNEVEN = 3;
 int64_t itemsize(const clipfast_cpu_blocks_args &args) { return args.dtype == CLIPFAST_CPU_BFLOAT16 ? 2 : 4; }
 
 // Where in memory everything of some sequences is. The hidden rows lie where the joint projection was.
-struct Between {
+struct Scratch {
     int64_t attended; // bytes from the start to the result of attention
     int64_t offsets;
     int64_t bytes;
 
-    Between(const clipfast_cpu_blocks_args &args, const clipfast_cpu_block_args &block, int64_t rows, int64_t sequences) {
+    Scratch(const clipfast_cpu_blocks_args &args, const clipfast_cpu_block_args &block, int64_t rows, int64_t sequences) {
         const int64_t widest = 3 * args.width > block.hidden ? 3 * args.width : block.hidden;
         attended = up(rows * widest * itemsize(args), 64);
         offsets = attended + up(rows * args.width * itemsize(args), 64);
@@ -93,7 +93,7 @@ int run_rest(const clipfast_cpu_blocks_args &args, const clipfast_cpu_block_args
 int run_block(const clipfast_cpu_blocks_args &args, const clipfast_cpu_block_args &block, int64_t threads,
               const int32_t *offsets, int64_t sequences, const void *x, void *out, char *memory) {
     const int64_t rows = offsets[sequences] - offsets[0], width = args.width;
-    const Between at(args, block, rows, sequences);
+    const Scratch at(args, block, rows, sequences);
     void *const qkv = memory, *const hidden = memory, *const attended = memory + at.attended;
     int32_t *const own = reinterpret_cast<int32_t *>(memory + at.offsets);
     for (int64_t i = 0; i <= sequences; i++) own[i] = offsets[i] - offsets[0];
@@ -142,7 +142,7 @@ int run_sequences(const clipfast_cpu_blocks_args &args, int64_t count, char *to,
         for (int64_t i = 0; i < count && offsets[end] > start; i++) {
             const clipfast_cpu_block_args &block = args.blocks[i];
             char *const memory =
-                static_cast<char *>(kept.reserve(Between(args, block, offsets[end] - start, end - first).bytes));
+                static_cast<char *>(kept.reserve(Scratch(args, block, offsets[end] - start, end - first).bytes));
             if (memory == nullptr) return CLIPFAST_CPU_ERROR_MEMORY;
             const char *const from = i == 0 ? static_cast<const char *>(args.x) : to;
             const int code = run_block(args, block, threads, offsets + first, end - first, from + start * row,
@@ -258,7 +258,7 @@ bool valid(const clipfast_cpu_blocks_args &args) {
         return false;
     return args.sequences == 0 ||
            (args.x != nullptr && args.out != nullptr && args.offsets != nullptr && args.x != args.out &&
-            (args.index == nullptr || args.count == 1 || args.between != nullptr));
+            (args.index == nullptr || args.count == 1 || (args.between != nullptr && args.between != args.x)));
 }
 
 } // namespace

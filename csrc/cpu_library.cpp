@@ -87,12 +87,12 @@ bool valid(const clipfast_cpu_pack_args &args) {
 }
 
 bool valid(const clipfast_cpu_patch_embed_args &args) {
-    if (!known(args.dtype) || args.count < 0 || args.channels <= 0 || args.height < 0 || args.width < 0 || args.size <= 0 ||
-        args.columns <= 0 || (args.mean == nullptr) != (args.std == nullptr) ||
+    if (!known(args.dtype) || args.batch < 0 || args.channels <= 0 || args.height < 0 || args.width < 0 || args.patch <= 0 ||
+        args.features <= 0 || (args.mean == nullptr) != (args.std == nullptr) ||
         (args.norm_weight == nullptr) != (args.norm_bias == nullptr))
         return false;
-    if (args.count == 0) return true;
-    for (const void *needed : {args.images, args.weight, args.class_embedding, args.positions})
+    if (args.batch == 0) return true;
+    for (const void *needed : {args.images, args.weight, args.class_embedding, args.positional_embedding})
         if (needed == nullptr) return false;
     return args.out != nullptr;
 }

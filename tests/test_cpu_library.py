@@ -170,18 +170,24 @@ def pack_args(**changes) -> library.PackArgs:
 
 def patch_embed_args(**changes) -> library.PatchEmbedArgs:
     """Correct arguments for no images, but for the changes."""
-    sizes = {"channels": 3, "height": 4, "width": 4, "size": 2, "columns": 4, "threads": 1}
+    sizes = {"channels": 3, "height": 4, "width": 4, "patch": 2, "features": 4, "threads": 1}
     return library.PatchEmbedArgs(**({"struct_size": ctypes.sizeof(library.PatchEmbedArgs)} | sizes | changes))
 
 
-ONE_SEQUENCE = {"sequences": 1, **dict.fromkeys(("qkv", "out", "offsets"), SOMEWHERE)}
-ONE_ROW = {"rows": 1, **dict.fromkeys(("x", "weight", "out"), SOMEWHERE)}
-POINTERS = ("query", "tokens", "offsets", "q_weight", "k_weight", "v_weight", "out")
-ONE_POOLED = {"sequences": 1, **dict.fromkeys(POINTERS, SOMEWHERE)}
-POINTERS = ("x", "between", "offsets", "index", "norm_weight", "norm_bias", "projection")
-ONE_EMBEDDED = {"sequences": 1, "out": SOMEWHERE + 4, **dict.fromkeys(POINTERS, SOMEWHERE)}
-POINTERS = ("images", "weight", "class_embedding", "positions", "out")
-ONE_IMAGE = {"count": 1, **dict.fromkeys(POINTERS, SOMEWHERE)}
+def somewhere(*names: str) -> dict[str, int]:
+    return dict.fromkeys(names, SOMEWHERE)
+
+
+ONE_SEQUENCE = {"sequences": 1, **somewhere("qkv", "out", "offsets")}
+ONE_ROW = {"rows": 1, **somewhere("x", "weight", "out")}
+ONE_POOLED = {"sequences": 1, **somewhere("query", "tokens", "offsets", "q_weight", "k_weight", "v_weight", "out")}
+ONE_EMBEDDED = {
+    "sequences": 1,
+    **somewhere("x", "offsets", "index", "norm_weight", "norm_bias", "projection"),
+    "between": SOMEWHERE + 4,
+    "out": SOMEWHERE + 8,
+}
+ONE_IMAGE = {"batch": 1, **somewhere("images", "weight", "class_embedding", "positional_embedding", "out")}
 REFUSED = [
     *(("attention", changes) for changes in ({"struct_size": 8}, {"heads": 0}, {"width": 0}, {"threads": 0})),
     *(("attention", changes) for changes in ({"dtype": 7}, {"dtype": -1}, {**ONE_SEQUENCE, "sequences": -1})),
@@ -197,7 +203,7 @@ REFUSED = [
         ("blocks", {**ONE_EMBEDDED, name: None})
         for name in ("x", "between", "out", "offsets", "norm_weight", "norm_bias")
     ),
-    ("blocks", {**ONE_EMBEDDED, "out": SOMEWHERE}),  # over x
+    *(("blocks", {**ONE_EMBEDDED, name: SOMEWHERE}) for name in ("between", "out")),  # over x
     ("blocks", {**ONE_EMBEDDED, "index": None}),  # and a projection
     ("blocks", {**ONE_EMBEDDED, "second_qkv_layout": library.LAYOUTS["packed"]}),
     *(("linear", changes) for changes in ({"struct_size": 8}, {"threads": 0}, {"dtype": 7})),
@@ -208,11 +214,11 @@ REFUSED = [
     *(("pack", {name: -1}) for name in ("columns", "terms")),
     *(
         ("patch_embed", changes)
-        for changes in ({"struct_size": 8}, {"dtype": 7}, {**ONE_IMAGE, "count": -1}, {"height": -1}, {"width": -1})
+        for changes in ({"struct_size": 8}, {"dtype": 7}, {**ONE_IMAGE, "batch": -1}, {"height": -1}, {"width": -1})
     ),
-    *(("patch_embed", {name: 0}) for name in ("channels", "size", "columns", "threads")),
+    *(("patch_embed", {name: 0}) for name in ("channels", "patch", "features", "threads")),
     *(("patch_embed", {name: SOMEWHERE}) for name in ("mean", "std", "norm_weight", "norm_bias")),
-    *(("patch_embed", {**ONE_IMAGE, name: None}) for name in POINTERS),
+    *(("patch_embed", {**ONE_IMAGE, name: None}) for name in ONE_IMAGE if name != "batch"),
     ("pack", {"columns": 1, "packed": SOMEWHERE, "weight": None}),
 ]
 
@@ -258,6 +264,16 @@ def test_queries_are_handed_in_or_normalised_with_their_rows(cpu_library, missin
 def test_blocks_are_refused_for_nothing_else(cpu_library):
     """What `REFUSED` changes is right: an index is looked at next, and here it is of a sequence without rows."""
     assert cpu_library.clipfast_cpu_blocks(blocks_args(**ONE_EMBEDDED)) == -4
+
+
+def test_a_patch_embedding_is_refused_for_nothing_else(cpu_library):
+    """What `REFUSED` changes is right: with memory at these addresses it is computed."""
+    names = [name for name in ONE_IMAGE if name != "batch"]
+    memory = {name: (ctypes.c_float * 64)() for name in names}  # the most of them: the weight, [4, 3, 2, 2]
+    memory["class_embedding"][:4] = 1, 2, 3, 4
+    args = patch_embed_args(batch=1, **{name: ctypes.addressof(memory[name]) for name in names})
+    assert cpu_library.clipfast_cpu_patch_embed(args) == 0
+    assert memory["out"][:5] == [1, 2, 3, 4, 0]
 
 
 def test_codes_without_a_meaning(cpu_library):

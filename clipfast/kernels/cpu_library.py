@@ -106,9 +106,9 @@ class PatchEmbedArgs(Structure):
 
     _fields_ = [
         ("struct_size", c_int64),
-        *((name, c_void_p) for name in ("images", "weight", "class_embedding", "positions", "mean", "std")),
+        *((name, c_void_p) for name in ("images", "weight", "class_embedding", "positional_embedding", "mean", "std")),
         *((name, c_void_p) for name in ("norm_weight", "norm_bias", "out")),
-        *((name, c_int64) for name in ("count", "channels", "height", "width", "size", "columns")),
+        *((name, c_int64) for name in ("batch", "channels", "height", "width", "patch", "features")),
         *((name, c_int32) for name in ("dtype", "threads", "instructions")),
         ("eps", c_float),
     ]
@@ -138,7 +138,7 @@ class ReadArgs(Structure):
 LIBRARY = SharedLibrary(
     "libclipfast_cpu.so",
     "clipfast_cpu",
-    9,  # CLIPFAST_CPU_ABI_VERSION
+    10,  # CLIPFAST_CPU_ABI_VERSION
     {
         "clipfast_cpu_best": (c_int, ()),
         "clipfast_cpu_attention": (c_int, (POINTER(AttentionArgs),)),

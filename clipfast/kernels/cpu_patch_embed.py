@@ -29,15 +29,15 @@ def patch_embed(
     instructions: "best", or "baseline", "avx2", "avx512", "avx512_bf16" to force one.
     Raises: RuntimeError if the library is missing or this CPU has not the instructions.
     """
-    dtype, size = weight.dtype, weight.shape[-1]
-    count, channels, height, width = images.shape
+    dtype, patch, features = weight.dtype, weight.shape[-1], len(weight)
+    batch, channels, height, width = images.shape
     of_bytes = images.dtype == torch.uint8
     images = readable(images, torch.uint8 if of_bytes else dtype)
     tensors = [readable(tensor, dtype) for tensor in (weight, class_embedding, positional_embedding)]
     moments = [readable(tensor.to(images.device), torch.float64) if of_bytes else None for tensor in (mean, std)]
     norm = [None if tensor is None else readable(tensor, torch.float32) for tensor in (norm_weight, norm_bias)]
-    out = images.new_empty(count, len(positional_embedding), len(weight), dtype=dtype)
-    sizes = (count, channels, height, width, size, len(weight))
+    out = images.new_empty(batch, len(positional_embedding), features, dtype=dtype)
+    sizes = (batch, channels, height, width, patch, features)
     pointers = map(pointer, (images, *tensors, *moments, *norm, out))
     run("patch_embed", PatchEmbedArgs(SIZE, *pointers, *sizes, DTYPES[dtype], threads(), form(instructions), eps))
     return out
