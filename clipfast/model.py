@@ -258,19 +258,28 @@ class Transformer(nn.Module):
 
         projection: of these rows: -> [B, E].
         """
+        still_as_made(self, self._parts)  # what it gathered may be of other modules
+        return self._pooled(x, rows, index, causal, projection)
+
+    def _pooled(
+        self, x: Tensor, rows: Rows, index: Tensor, causal: bool, projection: Projection | None = None
+    ) -> Tensor:
+        """The same, of modules at which `short_way` has just looked."""
         if torch.is_grad_enabled() or dispatch.traced():
-            return self._pooled(x, rows, index, causal, projection)
+            return self._pooled_at_once(x, rows, index, causal, projection)
         laid_out = not dispatch.runs_on("cpu", ("linear",), x.device, x.dtype)
         most = tuning.rows_at_a_time(x.device, self.width, x.dtype, laid_out)
         if most is None or rows.total <= most:
-            return self._pooled(x, rows, index, causal, projection)
+            return self._pooled_at_once(x, rows, index, causal, projection)
         parts = [
-            self._pooled(x[some], part, index[sequences] - some.start, causal, projection)
+            self._pooled_at_once(x[some], part, index[sequences] - some.start, causal, projection)
             for some, sequences, part in rows.parts(most)
         ]
         return torch.cat(parts)
 
-    def _pooled(self, x: Tensor, rows: Rows, index: Tensor, causal: bool, projection: Projection | None) -> Tensor:
+    def _pooled_at_once(
+        self, x: Tensor, rows: Rows, index: Tensor, causal: bool, projection: Projection | None
+    ) -> Tensor:
         if not self._checkpoints():
             return ops.blocks(x, rows, self._stack(), causal=causal, index=index, projection=projection)
         *before, last = self.resblocks
@@ -350,10 +359,10 @@ class VisionTransformer(nn.Module):
         index = torch.arange(0, batch * length, length, device=x.device)
         norm, rows = self.ln_post, Rows.fixed(batch, length)
         if self.proj is None:
-            x = self.transformer.pooled(x, rows, index, causal=False)
+            x = self.transformer._pooled(x, rows, index, causal=False)
             return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
         projection = Projection(norm.weight, norm.bias, self.proj, norm.eps)
-        return self.transformer.pooled(x, rows, index, causal=False, projection=projection)
+        return self.transformer._pooled(x, rows, index, causal=False, projection=projection)
 
     def _short_way(self) -> bool:
         shapes = (self.class_embedding.ndim, self.positional_embedding.ndim, 2 if self.proj is None else self.proj.ndim)
@@ -543,7 +552,7 @@ class CLIP(nn.Module):
         x = x + F.embedding(packed.positions, self.positional_embedding).to(self.dtype)
         norm = self.ln_final
         projection = Projection(norm.weight, norm.bias, self.text_projection, norm.eps)
-        x = self.transformer.pooled(x, packed.rows, packed.last, causal=True, projection=projection)
+        x = self.transformer._pooled(x, packed.rows, packed.last, causal=True, projection=projection)
         return x[packed.restore]
 
     def _short_way(self) -> bool:

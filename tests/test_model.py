@@ -279,8 +279,8 @@ def test_a_large_batch_goes_through_the_blocks_in_parts(monkeypatch, rows):
     exact = exact_features(peer.state_dict(), images, texts)
     seen = []
     monkeypatch.setattr(tuning, "rows_at_a_time", lambda *of: rows)
-    whole = Transformer._pooled
-    monkeypatch.setattr(Transformer, "_pooled", lambda self, x, *of: seen.append(len(x)) or whole(self, x, *of))
+    whole = Transformer._pooled_at_once
+    monkeypatch.setattr(Transformer, "_pooled_at_once", lambda self, x, *of: seen.append(len(x)) or whole(self, x, *of))
     with torch.no_grad():
         for name, x, wanted in (("image", images, exact[0]), ("text", texts, exact[1])):
             torch.testing.assert_close(getattr(ours, f"encode_{name}")(x), wanted, rtol=1e-10, atol=1e-10)

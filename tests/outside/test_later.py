@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
-from clipfast.packing import pack_text
+from clipfast.packing import Rows, pack_text
 
 from ..clips import VIT, make_trio
 from .habits import TEXTS, assert_habit, embed, scaled, unchanged
@@ -109,6 +110,19 @@ def test_packed_texts_after_a_change():
         model.transformer.resblocks[0].mlp = model.transformer.resblocks[1].mlp
         after = model.encode_packed(packed)
         assert torch.equal(after, model.encode_text(TEXTS)) and not torch.equal(after, before)
+
+
+def test_pooled_rows_after_a_change():
+    """The same of whoever calls a transformer's `pooled` himself."""
+    transformer = make_trio(VIT)[0].visual.transformer
+    x, rows, index = torch.randn(10, transformer.width), Rows((5, 5)), torch.tensor([0, 5])
+    with torch.no_grad():
+        before = transformer.pooled(x, rows, index, causal=False)
+        fc2 = transformer.resblocks[1].mlp.c_proj
+        fc2.weight = nn.Parameter(2 * fc2.weight)
+        after = transformer.pooled(x, rows, index, causal=False)
+        assert torch.equal(after, copy.deepcopy(transformer).pooled(x, rows, index, causal=False))
+        assert not torch.equal(after, before)
 
 
 CALLS = {
