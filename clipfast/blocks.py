@@ -50,12 +50,16 @@ class Projection(NamedTuple):
 class Stack(tuple[Block, ...]):
     """Blocks one after the other, and what was found out about their tensors.
 
-    Whoever keeps a Stack and calls with it again saves a thousand looks at tensors in Python.
+    A caller who keeps a Stack and passes it again has its tensors checked in a few calls of C.
     """
 
     @classmethod
     def of(cls, blocks: Iterable[Block]) -> Stack:
         return blocks if isinstance(blocks, cls) else cls(blocks)
+
+    def __reduce__(self) -> tuple[type[Stack], tuple[tuple[Block, ...]]]:
+        """A copy, and what is read back from a file, knows nothing of its tensors yet."""
+        return type(self), (tuple(self),)
 
     @cached_property
     def tensors(self) -> list[Tensor]:
@@ -73,17 +77,17 @@ class Stack(tuple[Block, ...]):
 
     @property
     def found(self) -> dict[Hashable, Any]:
-        """What was found out, by what it depends on besides the tensors. `look` before you trust it."""
+        """What was found out about the tensors as they were at the last `look`. Keys: all else that it depends on."""
         return self._last[1]
 
     def look(self) -> None:
-        """Forgets what was found if a tensor has another place in memory, shape, dtype or device than when it was.
+        """Compares the tensors with those of the last call, and forgets what was found if one is not the same.
 
-        What a tensor holds may have changed all the same.
+        Compared are address, shape, strides, dtype, device and sign, not the numbers in them.
         """
         now = [[*map(fact, self.tensors)] for fact in _FACTS]
         if now != self._last[0]:
-            # a new dictionary: what another thread still finds out about the tensors as they were goes into the old one
+            # A new dictionary: another thread may still write what it found out about the tensors as they were.
             self._last = now, {}
 
 

@@ -179,8 +179,8 @@ def blocks(
     projection: of these rows, as `project`; only with an index.
     Returns: [T, W], with an index [B, W], with a projection to E columns [B, E]; dtype of x.
     Raises:  ValueError if the shapes disagree, an activation is unknown or a projection comes without an index,
-             TypeError for an index of another dtype, RuntimeError if the devices differ, or on a CPU if an index is no
-             row of its sequence.
+             TypeError for an index of another dtype or a projection of another type, RuntimeError if the devices
+             differ, or on a CPU if an index is no row of its sequence.
     Source:  Radford et al. 2019, GPT-2; Radford et al. 2021, arXiv:2103.00020.
     """
     rows = Rows.of(offsets)
@@ -190,6 +190,8 @@ def blocks(
     if index is not None:
         _expect_index(index, x, rows, blocks)
     if projection is not None:
+        if not isinstance(projection, Projection):
+            raise TypeError(f"projection must be a clipfast.blocks.Projection, got {type(projection).__name__}")
         if index is None:
             raise ValueError("a projection is of the rows that an index names, and there is no index")
         _expect_projection(x, *projection[:3])

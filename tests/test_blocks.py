@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -540,6 +542,25 @@ def test_a_stack_of_tensors_that_torch_func_traces():
 def test_a_stack_stays_the_one_that_knows():
     stack = Stack([Block(make_weights(64, 96), 2)])
     assert Stack.of(stack) is stack
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda stack: pickle.loads(pickle.dumps(stack))])
+def test_a_copied_stack_knows_nothing(copied):
+    stack, x = Stack([Block(make_weights(64, 96), 2)] * 2), torch.randn(5, 64)
+    expected = ops.blocks(x, [0, 5], stack, causal=True)
+    stack.found["anything"] = object()
+    again = copied(stack)
+    assert type(again) is Stack and len(again) == 2 and not again.found
+    assert torch.equal(ops.blocks(x, [0, 5], again, causal=True), expected)
+
+
+def test_a_projection_of_another_type():
+    projection = (torch.ones(64), torch.zeros(64), torch.zeros(64, 8))
+    with pytest.raises(TypeError, match=r"clipfast\.blocks\.Projection, got tuple"):
+        ops.blocks(
+            torch.zeros(5, 64), [0, 5], [Block(make_weights(64, 96), 2)], causal=False,
+            index=torch.tensor([0]), projection=projection,
+        )  # fmt: skip
 
 
 def test_one_stack_for_calls_of_every_kind(cpu_library):
