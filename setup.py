@@ -59,7 +59,7 @@ TOOLS: dict[str, tuple[Callable[[], str | None], str]] = {
 LIBRARIES = {
     # nvcc compiles the host's part with g++
     "libclipfast": Library("CUDA", ("nvcc", "g++"), "patch embedding on a GPU"),
-    "libclipfast_cpu": Library("CPU", ("g++",), "linear layers and attention on a CPU"),
+    "libclipfast_cpu": Library("CPU", ("g++",), "linear layers, attention and patch embedding on a CPU"),
 }
 
 

@@ -113,7 +113,7 @@ def _machine() -> str:
         ("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
         (
             "libclipfast_cpu",
-            cpu_library.missing() or f"clipfast's own products and attention run with {cpu_library.best()}{held}",
+            cpu_library.missing() or f"clipfast's own operators run with {cpu_library.best()}{held}",
         ),
         ("threads", f"{torch.get_num_threads()} on {counted(os.cpu_count() or 1, 'core')}"),
         ("bfloat16", bfloat16_is_emulated() or "the CPU multiplies it"),

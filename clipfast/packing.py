@@ -208,7 +208,7 @@ def pack_text(text: Tensor, context_length: int, vocab_size: int, *, stable: boo
     Raises:  TypeError or ValueError naming the argument; ValueError for an id outside the vocabulary.
     """
     check_text(text, context_length)
-    # NumPy's operators take a third of the time of PyTorch's on so few numbers
+    # NumPy's operators take a third of the time of PyTorch's on so few numbers (AMD EPYC, Zen 4, 2026-12-01)
     ids = text.detach().cpu().long().numpy()
     batch, width = ids.shape
     if batch and (ids.min() < 0 or ids.max() >= vocab_size):

@@ -161,11 +161,10 @@ def still_as_made(module: nn.Module, parts: Callable[[], list[nn.Module] | None]
 
 
 def gathered(module: nn.Module, gather: Callable[[], Gathered]) -> Gathered:
-    """gather(), which brings together what the parts are made of that `still_as_made` has just found, now or before.
+    """What gather() returns: called now, or at an earlier call if nothing has changed since.
 
-    It is called again once a parameter is another object, or `still_as_made` saw a change: for a hundred modules to see
-    that takes a sixth of the time.
-    What it gathered, and so parameters that were replaced, lives until then.
+    gather: collects parameters of the parts that `still_as_made` found. The caller has just called `still_as_made`,
+            which sees whether a parameter is another object. What was collected lives until the next change.
     """
     record = vars(module).get("_record")
     return gather() if record is None else record.gathered(gather)

@@ -379,7 +379,7 @@ def test_doctor_says_what_the_cpu_library_does_or_why_there_is_none(monkeypatch)
     monkeypatch.delenv(doctor.cpu_library.SWITCH, raising=False)
     monkeypatch.setattr(doctor.cpu_library, "missing", lambda: None)
     monkeypatch.setattr(doctor.cpu_library, "best", lambda: "avx2")
-    assert "  libclipfast_cpu clipfast's own products and attention run with avx2\n" in doctor.report()
+    assert "  libclipfast_cpu clipfast's own operators run with avx2\n" in doctor.report()
     monkeypatch.setattr(
         doctor.cpu_library, "missing", lambda: "the CPU library is not built (g++ was not found); do so"
     )

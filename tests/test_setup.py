@@ -91,7 +91,8 @@ def test_a_library_that_was_not_built_is_told_in_one_line(source, cmake, why, mo
     setup.write_text(setup.read_text().replace("Path(sys.executable).parent", 'Path("nowhere")'))
     status, shown, wheel = install(source, cmake)
     assert status == 0
-    line = f"clipfast: libclipfast_cpu was not built, linear layers and attention on a CPU will be slower: {why}"
+    slower = "linear layers, attention and patch embedding on a CPU"
+    line = f"clipfast: libclipfast_cpu was not built, {slower} will be slower: {why}"
     assert shown.strip().splitlines() == [line]
     assert wheel.name.endswith("-0_without_libclipfast_cpu-py3-none-any.whl"), "pip shows this name"
     with zipfile.ZipFile(wheel) as files:

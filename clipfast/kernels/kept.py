@@ -103,10 +103,10 @@ def layout(weight: Tensor, make: Callable[..., Any], *arguments: Hashable) -> An
 
 
 class Seen:
-    """Weights and their layouts as they are now, to ask in a few calls of C whether `layout` would answer the same.
+    """Weights and their layouts as they are now, to ask in a few calls of C whether `layout` would return the same.
 
     weights: of which something is kept.   layouts: what `layout` returned for each. They are not kept alive.
-    Where it was and how it lay, the caller compares: addresses, shapes, strides and dtypes of all its tensors.
+    `still` compares what PyTorch counts and the storages. The caller compares addresses, shapes, strides and dtypes.
     """
 
     def __init__(self, weights: Sequence[Tensor], layouts: Sequence[Tensor]) -> None:
