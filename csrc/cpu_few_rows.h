@@ -30,17 +30,22 @@ constexpr int FEWEST = sizeof(T) == 4 ? 0 : 3;
 typedef float Columns __attribute__((vector_size(4 * SQUARE)));
 
 // SQUARE rows of the weight, or what is left of them, over a chain of terms. They are `stride` bytes apart.
-// bytes: of each row in memory.   words: the same, filled up with zeros
+// bytes: of each row in memory.   words: the same, filled up with zeros.   ahead: memory of that size that is prefetched
+// meanwhile; what lies behind the weight may be, too, since a prefetch reads nothing
 struct Strip {
     const char *weight;
     int64_t stride, rows, bytes, words;
+    const char *ahead;
 };
 
 // to[R][S * SQUARE] = (or +=) R rows of x, CHAIN apart, times S strips that are neighbours
 template <typename T, int R, int S>
 __attribute__((noinline)) void multiply_strips(const uint32_t *x, const Strip &strip, float *to, int64_t to_stride,
-                                              bool add, Ahead &ahead) {
+                                               bool add) {
     constexpr int EACH = STEPS<T>; // of a word: float32, or bfloat16 that is widened
+    // Bytes that are read, and prefetched, each time. 8 rows 1.04 to 1.08 times as fast as when lines were counted row by row,
+    // as panels do it (AMD EPYC, Zen 4, held to AVX2, 2026-12-01).
+    constexpr int64_t READ = S * SQUARE * 16;
     Columns sums[R][S] = {};
     const auto multiply = [&](const char *from, int64_t stride, const uint32_t *row) __attribute__((always_inline)) {
         Row words[S][4];
@@ -62,7 +67,7 @@ __attribute__((noinline)) void multiply_strips(const uint32_t *x, const Strip &s
     };
     const int64_t whole = strip.rows >= S * SQUARE ? strip.bytes / 16 * 4 : 0;
     for (int64_t word = 0; word < whole; word += 4) {
-        ahead.turn();
+        for (int64_t i = 0; i < READ; i += LINE) __builtin_prefetch(strip.ahead + word / 4 * READ + i, 0, 2);
         multiply(strip.weight + 4 * word, strip.stride, x + EACH * word);
     }
     for (int64_t word = whole; word < strip.words; word += 4) {

@@ -209,18 +209,18 @@ struct Product {
         for (int64_t c = begin, width; c < end; c += width) {
             const bool two = rows.count <= FEWEST<T> && end - c >= 2 * SQUARE;
             width = two ? 2 * SQUARE : SQUARE;
-            const int64_t second = c + width < end ? c + width : next < 0 ? args.columns : first(next) * PANEL;
-            Ahead asked(weight + second * chains.bytes, 1, 0, least(args.columns - second, width) * chains.bytes,
-                        chains.all_words() / 4);
+            // if nothing follows, these columns again, which are in the cache
+            const int64_t second = c + width < end ? c + width : next < 0 ? c : first(next) * PANEL;
             for (int64_t chain = 0; chain < chains.count; chain++) {
-                const Strip strip{weight + c * chains.bytes + 4 * chain * chains.length, chains.bytes, args.columns - c,
-                                  chains.bytes_of(chain), chains.words_of(chain)};
+                const int64_t before = 4 * chain * chains.length; // bytes of each row
+                const Strip strip{weight + c * chains.bytes + before, chains.bytes, args.columns - c, chains.bytes_of(chain),
+                                  chains.words_of(chain), weight + second * chains.bytes + before * width};
                 const uint32_t *const x = rows.x + chain * rows.chain;
                 float *const to = sums + c - begin;
                 if (!two) {
-                    multiply_strips_by<T, 1>(rows.count, x, strip, to, GROUP, chain > 0, asked);
+                    multiply_strips_by<T, 1>(rows.count, x, strip, to, GROUP, chain > 0);
                 } else if constexpr (FEWEST<T> > 0) {
-                    multiply_strips_by<T, 2>(rows.count, x, strip, to, GROUP, chain > 0, asked);
+                    multiply_strips_by<T, 2>(rows.count, x, strip, to, GROUP, chain > 0);
                 }
             }
         }
