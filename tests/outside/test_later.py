@@ -113,10 +113,12 @@ def test_packed_texts_after_a_change():
 
 
 def test_pooled_rows_after_a_change():
-    """The same of whoever calls a transformer's `pooled` himself."""
-    transformer = make_trio(VIT)[0].visual.transformer
+    """The same of whoever calls a transformer's `pooled` himself, also after a call that kept what it gathered."""
+    model = make_trio(VIT)[0]
+    transformer = model.visual.transformer
     x, rows, index = torch.randn(10, transformer.width), Rows((5, 5)), torch.tensor([0, 5])
     with torch.no_grad():
+        embed(model)
         before = transformer.pooled(x, rows, index, causal=False)
         fc2 = transformer.resblocks[1].mlp.c_proj
         fc2.weight = nn.Parameter(2 * fc2.weight)
