@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
-from clipfast import dispatch, reference, tuning
+from clipfast import dispatch, ops, reference, tuning
+from clipfast.blocks import Projection
 from clipfast.checkpoints import to_huggingface
 from clipfast.model import Transformer
 from clipfast.packing import Rows
@@ -292,6 +293,22 @@ def test_a_large_batch_goes_through_the_blocks_in_parts(monkeypatch, rows):
     with torch.no_grad(), FlopCounterMode(display=False):
         ours.visual.transformer.pooled(torch.randn(8, ours.visual.transformer.width).double(), Rows((4, 4)), *of_two)
     assert len(seen) == 2, "and who looks at each operator sees them once"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_pooled_rows_are_those_of_all_blocks(causal):
+    """The last row of each sequence, where it shows whether the blocks were causal; with a projection and without."""
+    transformer = make_pair(VIT)[1].transformer
+    width, rows, index = transformer.width, Rows((5, 3)), torch.tensor([4, 7])
+    x = torch.randn(8, width)
+    projection = Projection(torch.rand(width), torch.randn(width), torch.randn(width, 24), 0.1)
+    blocks = [block.for_ops() for block in transformer.resblocks]
+    with torch.no_grad():
+        for some in (None, projection):
+            expected = ops.blocks(x, rows, blocks, causal=causal, index=index, projection=some)
+            assert torch.equal(transformer.pooled(x, rows, index, causal, some), expected)
+        other = transformer.pooled(x, rows, index, not causal, projection)
+    assert expected.shape == (2, 24) and not torch.equal(other, expected)
 
 
 def test_how_many_rows_go_through_the_blocks_together():
