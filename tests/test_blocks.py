@@ -546,7 +546,7 @@ def test_a_stack_stays_the_one_that_knows():
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda stack: pickle.loads(pickle.dumps(stack))])
 def test_a_copied_stack_knows_nothing(copied):
-    stack, x = Stack([Block(make_weights(64, 96), 2)] * 2), torch.randn(5, 64)
+    stack, x = Stack(Block(make_weights(64, 96), 2) for _ in range(2)), torch.randn(5, 64)
     expected = ops.blocks(x, [0, 5], stack, causal=True)
     stack.found["anything"] = object()
     again = copied(stack)
