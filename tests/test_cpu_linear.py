@@ -146,10 +146,11 @@ def test_a_row_does_not_depend_on_its_neighbours(form, dtype):
         assert torch.equal(run(case, form)[some], alone)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("terms", [1, 4, 8, 12])
-def test_a_product_that_underflows_has_one_sign(form, terms):
+def test_a_product_that_underflows_has_one_sign(form, terms, dtype):
     """Of zero, which torch.equal does not see: as many zeros are added to few rows' sums as to those of many."""
-    x, weight = torch.zeros(20, terms), torch.zeros(11, terms)
+    x, weight = torch.zeros(20, terms, dtype=dtype), torch.zeros(21, terms, dtype=dtype)
     x[:, -1], weight[:, -1] = 1e-30, -1e-30
     got, alone = (cpu_linear.linear(rows, weight, None, None, None, form) for rows in (x, x[:3]))
     assert not got.any() and torch.equal(got[:3].signbit(), alone.signbit())
