@@ -266,6 +266,13 @@ def test_blocks_are_refused_for_nothing_else(cpu_library):
     assert cpu_library.clipfast_cpu_blocks(blocks_args(**ONE_EMBEDDED)) == -4
 
 
+def test_memory_between_blocks_may_be_x_where_it_is_not_used(cpu_library):
+    """With one block, and without an index."""
+    over_x = {**ONE_EMBEDDED, "between": SOMEWHERE}
+    assert cpu_library.clipfast_cpu_blocks(blocks_args(**over_x, count=1)) == -4
+    assert cpu_library.clipfast_cpu_blocks(blocks_args(**over_x | {"index": None, "projection": None})) == 0
+
+
 def test_a_patch_embedding_is_refused_for_nothing_else(cpu_library):
     """What `REFUSED` changes is right: with memory at these addresses it is computed."""
     names = [name for name in ONE_IMAGE if name != "batch"]
