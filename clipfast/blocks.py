@@ -58,7 +58,7 @@ class Stack(tuple[Block, ...]):
         return blocks if isinstance(blocks, cls) else cls(blocks)
 
     def __reduce__(self) -> tuple[type[Stack], tuple[tuple[Block, ...]]]:
-        """A copy, and what is read back from a file, knows nothing of its tensors yet."""
+        """A copy knows nothing of its tensors yet: what was found out holds addresses of the old ones."""
         return type(self), (tuple(self),)
 
     @cached_property
@@ -81,9 +81,9 @@ class Stack(tuple[Block, ...]):
         return self._last[1]
 
     def look(self) -> None:
-        """Compares the tensors with those of the last call, and forgets what was found if one is not the same.
+        """Compares the tensors with those of the last `look`, and forgets what was found if one is not the same.
 
-        Compared are address, shape, strides, dtype, device and sign, not the numbers in them.
+        Compared are address, shape, strides, dtype, device and PyTorch's negative bit, not the numbers in them.
         """
         now = [[*map(fact, self.tensors)] for fact in _FACTS]
         if now != self._last[0]:

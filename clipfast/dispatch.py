@@ -434,7 +434,7 @@ def whole_blocks(
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not blocks:
         return None
     stack, of_projection = Stack.of(blocks), () if projection is None else projection[:3]
-    # asked as a linear layer's, whose facts are x and a weight: here only their dtype and device are used
+    # the decision is asked for as if for one linear layer, with x in the weight's place
     call = _call("linear", x, (x, *stack.tensors, *of_projection), (x, x, None, None, None))
     call = call._replace(shape=(_one_dtype(x, *stack.matrices, *of_projection[2:]),))
     # one call stands for all of them: on a CPU none depends on more than these facts

@@ -264,7 +264,7 @@ class Transformer(nn.Module):
     def _pooled(
         self, x: Tensor, rows: Rows, index: Tensor, causal: bool, projection: Projection | None = None
     ) -> Tensor:
-        """The same, of modules at which `short_way` has just looked."""
+        """As `pooled`, for a caller who has just asked `still_as_made`."""
         if torch.is_grad_enabled() or dispatch.traced():
             return self._pooled_at_once(x, rows, index, causal, projection)
         laid_out = not dispatch.runs_on("cpu", ("linear",), x.device, x.dtype)

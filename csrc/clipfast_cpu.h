@@ -170,7 +170,7 @@ typedef struct clipfast_cpu_blocks_args {
     int64_t struct_size;              /* sizeof(clipfast_cpu_blocks_args) */
     const clipfast_cpu_block_args *blocks; /* [count] */
     const void *x;                    /* [T, width] of dtype, contiguous like all of these; not written */
-    void *between;                    /* [T, width], not x: what the last block reads, with an index and two blocks or more */
+    void *between;                    /* [T, width], not x: what the last block reads, only with an index and two blocks or more */
     void *out;                        /* not x. [T, width]; with an index [sequences, width], projected [sequences, columns] */
     const int32_t *offsets;           /* [sequences + 1]: as clipfast_cpu_attention_args has them */
     const int64_t *index;             /* [sequences]: a row of each sequence; or null */
@@ -197,7 +197,7 @@ typedef struct clipfast_cpu_patch_embed_args {
     const void *images;          /* [batch, channels, height, width] of dtype, bytes if there is a mean; contiguous like all */
     const void *weight;          /* [features, channels, patch, patch] of dtype */
     const void *class_embedding; /* [features] of dtype */
-    const void *positional_embedding; /* [L, features] of dtype, L = 1 + (height / patch) (width / patch), rounded down */
+    const void *positional_embedding; /* [L, features] of dtype, L = 1 + (height / patch) (width / patch), each rounded down */
     const double *mean;          /* [channels]: byte b becomes (b / 255 - mean) / std; null exactly if std is */
     const double *std;
     const void *norm_weight; /* [features] float32, or null for no LayerNorm */
@@ -207,7 +207,7 @@ typedef struct clipfast_cpu_patch_embed_args {
     int64_t channels;
     int64_t height; /* of an image, in pixels */
     int64_t width;
-    int64_t patch; /* of a patch, in pixels */
+    int64_t patch; /* side of a patch, in pixels */
     int64_t features;
     int32_t dtype;        /* clipfast_cpu_dtype */
     int32_t threads;      /* OpenMP's, at most */

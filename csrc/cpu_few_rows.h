@@ -20,7 +20,7 @@ constexpr int64_t FEW = 8;
 template <typename T>
 constexpr bool SERVES_FEW = sizeof(T) == 4 || LANES < 16;
 
-// Rows, at most, for which two strips are read side by side: the sums of one would wait for each other. Times as fast, for
+// Rows, at most, for which two strips are read side by side: with one alone the sums wait for each other. Times as fast, for
 // 1, 2 and 3 rows, two threads of an AMD EPYC (Zen 4) held to AVX2, 2026-12-01: bfloat16 of ViT-B/32 1.3, 1.3, 1.2, of L/14
 // 1.2, 1.1, 1.0; float32 of B/32 0.9, of L/14 0.7, since rows that are 4096 bytes apart meet in one set of the first cache.
 template <typename T>
@@ -29,9 +29,9 @@ constexpr int FEWEST = sizeof(T) == 4 ? 0 : 3;
 // a register of SQUARE columns
 typedef float Columns __attribute__((vector_size(4 * SQUARE)));
 
-// SQUARE rows of the weight, or what is left of them, over a chain of terms. They are `stride` bytes apart.
-// bytes: of each row in memory.   words: the same, filled up with zeros.   ahead: memory of that size that is prefetched
-// meanwhile; what lies behind the weight may be, too, since a prefetch reads nothing
+// Rows of the weight over a chain of terms, `stride` bytes apart. `rows` are left, of which a strip is SQUARE at most.
+// bytes: of each row in memory.   words: the same, filled up with zeros.   ahead: what is prefetched meanwhile, as many
+// bytes as are read; it may reach past the end of the weight, where a prefetch does no harm
 struct Strip {
     const char *weight;
     int64_t stride, rows, bytes, words;
@@ -43,8 +43,8 @@ template <typename T, int R, int S>
 __attribute__((noinline)) void multiply_strips(const uint32_t *x, const Strip &strip, float *to, int64_t to_stride,
                                                bool add) {
     constexpr int EACH = STEPS<T>; // of a word: float32, or bfloat16 that is widened
-    // Bytes that are read, and prefetched, each time. 8 rows 1.04 to 1.08 times as fast as when lines were counted row by row,
-    // as panels do it (AMD EPYC, Zen 4, held to AVX2, 2026-12-01).
+    // Bytes that are read, and prefetched, each time. 8 rows are 1.04 to 1.08 times as fast as when lines were counted row by
+    // row, as panels do it (AMD EPYC, Zen 4, held to AVX2, 2026-12-01).
     constexpr int64_t READ = S * SQUARE * 16;
     Columns sums[R][S] = {};
     const auto multiply = [&](const char *from, int64_t stride, const uint32_t *row) __attribute__((always_inline)) {

@@ -209,7 +209,7 @@ struct Product {
         for (int64_t c = begin, width; c < end; c += width) {
             const bool two = rows.count <= FEWEST<T> && end - c >= 2 * SQUARE;
             width = two ? 2 * SQUARE : SQUARE;
-            // if nothing follows, these columns again, which are in the cache
+            // prefetched meanwhile: what follows, or if nothing does, these columns again, which are in the cache
             const int64_t second = c + width < end ? c + width : next < 0 ? c : first(next) * PANEL;
             for (int64_t chain = 0; chain < chains.count; chain++) {
                 const int64_t before = 4 * chain * chains.length; // bytes of each row

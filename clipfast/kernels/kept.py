@@ -106,7 +106,7 @@ class Seen:
     """Weights and their layouts as they are now, to ask in a few calls of C whether `layout` would return the same.
 
     weights: of which something is kept.   layouts: what `layout` returned for each. They are not kept alive.
-    `still` compares what PyTorch counts and the storages. The caller compares addresses, shapes, strides and dtypes.
+    `still` compares version counters and storages. The caller compares addresses, shapes, strides and dtypes.
     """
 
     def __init__(self, weights: Sequence[Tensor], layouts: Sequence[Tensor]) -> None:
