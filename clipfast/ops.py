@@ -341,9 +341,9 @@ def patch_embed(
         raise ValueError("norm_weight and norm_bias come together or not at all")
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise TypeError(f"images must be floating (normalised) or uint8 (0 to 255), got {images.dtype}")
-    if images.dtype == torch.uint8 and (mean is None or std is None):
-        raise ValueError("uint8 images need mean and std")
     if images.dtype == torch.uint8:
+        if mean is None or std is None:
+            raise ValueError("uint8 images need mean and std")
         _expect("mean", mean, channels)
         _expect("std", std, channels)
     down, across = images.shape[2] // size, images.shape[3] // size
